@@ -1,0 +1,56 @@
+"""Find the norms of a transformer, replace them by Dynamic Tanh, and say what that costs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__all__ = [
+    "Calibration",
+    "Conversion",
+    "DytCompileError",
+    "Match",
+    "NormKind",
+    "NormSite",
+    "Refusal",
+    "Report",
+    "__version__",
+    "convert",
+    "export_onnx",
+    "inspect",
+]
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
+    from .compiler import Conversion, convert, inspect
+    from .errors import DytCompileError
+    from .exporters.onnx import export_onnx
+    from .report import Report
+    from .sites import Match, NormKind, NormSite, Refusal
+
+_HOMES = {
+    "Calibration": "calibration",
+    "Conversion": "compiler",
+    "DytCompileError": "errors",
+    "Match": "sites",
+    "NormKind": "sites",
+    "NormSite": "sites",
+    "Refusal": "sites",
+    "Report": "report",
+    "convert": "compiler",
+    "export_onnx": "exporters.onnx",
+    "inspect": "compiler",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Names come in when they are used: the ONNX route starts without torch, the CLI at once.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,147 @@
+"""What calibration leaves behind: the fitted values of every site, and the model they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .dyt import PARAMETERS, DytParameters
+from .errors import CalibrationError
+from .files import replaced
+
+__all__ = ["Calibration", "SiteFit", "SiteSketch"]
+
+VERSION = 1
+SKETCH_TOLERANCE = 0.02
+"""Relative; bfloat16 keeps 8 bits, so its means and roots differ by less than 1 %."""
+
+
+@dataclass(frozen=True)
+class SiteSketch:
+    """What a site is known by across torch, ONNX and dtypes: its form and its affine part.
+
+    gamma, beta: mean and root mean square, None where the site has none.
+    """
+
+    kind: str
+    channels: int | None
+    axes: tuple[int, ...]
+    eps: float
+    gamma: tuple[float, float] | None
+    beta: tuple[float, float] | None
+
+    def agrees(self, other: SiteSketch) -> bool:
+        """Whether both describe the same site, up to rounding."""
+        if (self.kind, self.channels, self.axes) != (other.kind, other.channels, other.axes):
+            return False
+        if abs(self.eps - other.eps) > SKETCH_TOLERANCE * max(self.eps, other.eps):
+            return False
+        return _near(self.gamma, other.gamma) and _near(self.beta, other.beta)
+
+
+@dataclass(frozen=True, eq=False)
+class SiteFit:
+    """The fit of one site.
+
+    parameters: None where there is no fit, `reason` says why; fit_error: relative, held-out rows.
+    sigma_median: median over rows of the root mean square (centred for LayerNorm) that the norm
+    divides by; sigma_peak: largest over median; large peaks are tokens that tanh cannot follow.
+    """
+
+    parameters: DytParameters | None
+    fit_error: float | None = None
+    reason: str | None = None
+    sigma_median: float | None = None
+    sigma_peak: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Fits by site name, and the sketch of the model that they belong to."""
+
+    fits: Mapping[str, SiteFit]
+    fingerprint: tuple[SiteSketch, ...]
+    converted: frozenset[str] = field(default_factory=frozenset)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: arrays "site/alpha", and JSON in its metadata."""
+        from safetensors.numpy import save_file
+
+        arrays = {
+            f"{name}/{parameter}": array
+            for name, fit in self.fits.items()
+            if fit.parameters is not None
+            for parameter, array in fit.parameters.named().items()
+        }
+        about = {
+            "version": VERSION,
+            "converted": sorted(self.converted),
+            "fingerprint": [vars(sketch) for sketch in self.fingerprint],
+            "fits": {name: _figures(fit) for name, fit in self.fits.items()},
+        }
+        with replaced(Path(path)) as temporary:
+            save_file(arrays, temporary, metadata={"dyt_compile": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what `save` wrote. Raises CalibrationError for everything else."""
+        from safetensors import safe_open
+
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                about = json.loads((file.metadata() or {})["dyt_compile"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if about["version"] != VERSION:
+                raise CalibrationError(
+                    f"{str(path)!r} has calibration version {about['version']}; this is {VERSION}"
+                )
+            return cls(
+                fits=MappingProxyType(
+                    {name: _fit(name, fit, arrays) for name, fit in about["fits"].items()}
+                ),
+                fingerprint=tuple(_sketch(sketch) for sketch in about["fingerprint"]),
+                converted=frozenset(about["converted"]),
+            )
+        except CalibrationError:
+            raise
+        except Exception as error:
+            raise CalibrationError(f"{str(path)!r} is no calibration file: {error}") from error
+
+    def belongs_to(self, fingerprint: tuple[SiteSketch, ...]) -> bool:
+        """Whether the fits were made for a model with these sites."""
+        return len(fingerprint) == len(self.fingerprint) and all(
+            a.agrees(b) for a, b in zip(self.fingerprint, fingerprint, strict=True)
+        )
+
+
+def _figures(fit: SiteFit) -> dict[str, Any]:
+    figures = {name: value for name, value in vars(fit).items() if name != "parameters"}
+    if fit.parameters is not None:
+        figures["squash"] = fit.parameters.squash
+    return figures
+
+
+def _fit(name: str, figures: dict[str, Any], arrays: Mapping[str, Any]) -> SiteFit:
+    squash = figures.pop("squash", None)
+    if squash is None:
+        return SiteFit(None, **figures)
+    values = {p: arrays[f"{name}/{p}"] for p in PARAMETERS if f"{name}/{p}" in arrays}
+    return SiteFit(DytParameters(squash=squash, **values), **figures)
+
+
+def _sketch(data: dict[str, Any]) -> SiteSketch:
+    data["axes"] = tuple(data["axes"])
+    for name in ("gamma", "beta"):
+        data[name] = None if data[name] is None else tuple(data[name])
+    return SiteSketch(**data)
+
+
+def _near(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    scale = max(abs(a[1]), abs(b[1]))  # the root mean square bounds the mean
+    return all(abs(x - y) <= SKETCH_TOLERANCE * scale for x, y in zip(a, b, strict=True))

@@ -1,0 +1,337 @@
+"""The whole way, in order: capture, match, calibrate and plan, rewrite, verify, report."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from .calibration import Calibration
+from .data import Splits, split
+from .errors import BudgetError, OptionError
+from .graphs.base import Batch, Graph
+from .metrics import Measurement, check_metric
+from .passes.calibrate import calibrate
+from .passes.capture import capture
+from .passes.match import match
+from .passes.plan import Attempt, Plan, plan
+from .passes.rewrite import rewrite
+from .passes.verify import Reference, chosen_output
+from .progress import track
+from .report import Report, SiteReport, environment
+from .shelf import Shelf
+from .sites import Match, NormSite
+
+__all__ = ["Conversion", "convert", "inspect"]
+
+MODES = ("exact", "budget", "all")
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """What `convert` returns.
+
+    model: an `nn.Module`, called like the original, or an `onnx_ir.Model`; graph: the same, as
+    passes and exporters see it; original: the graph that it was made from; calibration: None in
+    mode "exact"; probe: a batch on which an exporter checks what it wrote.
+    """
+
+    graph: Graph = field(repr=False)
+    original: Graph = field(repr=False)
+    match: Match = field(repr=False)
+    calibration: Calibration | None = field(repr=False)
+    report: Report
+    probe: Batch | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> Any:
+        """The converted model."""
+        return self.graph.model
+
+
+def inspect(
+    model: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Match:
+    """Every normalization of a model, one entry a call, in execution order.
+
+    model: `nn.Module`, `ExportedProgram`, `GraphModule`, `onnx_ir.Model`, or the path of an
+    `.onnx` or `.pt2` file. args, kwargs: an example of its inputs; needed for modules alone.
+    Raises CaptureError or OptionError.
+    """
+    return match(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes))
+
+
+def convert(
+    model: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    mode: str | None = None,
+    budget: float = 0.05,
+    metric: str = "relative",
+    output: str | None = None,
+    example: Any = None,
+    dynamic_shapes: Any = None,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    provider: str = "cpu",
+) -> Conversion:
+    """Replace the norms of a model by Dynamic Tanh.
+
+    model: as for `inspect`. batches: tuples (positional arguments) or dicts (keyword arguments)
+    of tensors or arrays, in an iterable that can be gone through again; they are split 50/25/25
+    into fit, plan and report. example: a tuple or a dict like a batch, by default the first one.
+
+    mode "exact" recognises the DyT and Derf that the model holds and leaves its norms alone;
+    "budget" converts as many norms as keep the error at `output` (by default the first
+    floating-point one) within `budget`, in `metric`: "relative", "cosine", "kl" (nats a position)
+    or "top1"; "all" converts every norm and reports what that cost. Default: "budget" with
+    batches, "exact" without. Sites whose name matches a regular expression of `exclude` keep
+    their norm.
+
+    Raises OptionError, CaptureError, DataError, and BudgetError if the error on the report
+    samples exceeds the budget twice.
+    """
+    mode = _checked(mode, batches, budget, metric, exclude)
+    clock = _Clock()
+    with clock("capture"):
+        args, kwargs = _example(example, batches)
+        graph = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, provider=provider)
+        output = chosen_output(graph, output)
+    with clock("match"):
+        found = match(graph)
+    if mode == "exact" or batches is None:
+        with clock("rewrite"):
+            rewritten = rewrite(graph, found, None, ())
+        report = _report(found, mode, metric, output, None, None, None, None, clock.seconds)
+        return Conversion(rewritten, graph, found, None, report, _probe(graph, args, kwargs))
+    with Shelf(graph) as shelf:
+        lossy = _Lossy(graph, found, split(graph, batches, seed), shelf, output, metric, seed)
+        candidates = _candidates(found, exclude)
+        with clock("calibrate and plan"):
+            if mode == "all":
+                planned = Plan(lossy.attempt(frozenset(candidates)), {})
+            else:
+                planned = lossy.plan(candidates, budget)
+        with clock("rewrite"):
+            rewritten = lossy.rewrite(planned)
+        with clock("verify"):
+            measured = lossy.verify(rewritten)
+            if mode == "budget" and measured.error > budget:
+                # Once back to the plan, by as much as the report samples differ from its own.
+                planned = lossy.plan(candidates, budget * (budget / measured.error))
+                rewritten = lossy.rewrite(planned)
+                measured = lossy.verify(rewritten)
+                if measured.error > budget:
+                    raise BudgetError(
+                        f"the {metric} error on the report samples is {measured.error:.4g} with "
+                        f"{len(planned.converted)} sites converted, above the budget of {budget:g}"
+                        f" after planning twice; give more samples than {measured.samples * 4}, "
+                        "or a larger budget"
+                    )
+    limit = budget if mode == "budget" else None
+    report = _report(
+        found, mode, metric, output, limit, measured, planned, lossy.isolated, clock.seconds
+    )
+    chosen = planned.chosen
+    kept = lossy.isolated if chosen is None else chosen.calibration
+    return Conversion(rewritten, graph, found, kept, report, _probe(graph, args, kwargs))
+
+
+class _Lossy:
+    """The stages that need samples, over one model and one split."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        found: Match,
+        samples: Splits,
+        shelf: Shelf,
+        output: str,
+        metric: str,
+        seed: int,
+    ) -> None:
+        self._graph = graph
+        self._match = found
+        self._samples = samples
+        self._seed = seed
+        self._output = output
+        self._metric = metric
+        self._shelf = shelf
+        self._planning = self._reference("plan")
+        self.isolated: Calibration | None = None
+
+    def attempt(self, names: frozenset[str]) -> Attempt:
+        """Calibrate with the named sites converted, and measure them on the plan samples."""
+        fitted = calibrate(
+            self._graph, self._match, self._samples.fit, convert=names, seed=self._seed
+        )
+        measured = self._planning.measure(self._rewritten(fitted))
+        return Attempt(fitted.converted, fitted, measured)
+
+    def plan(self, candidates: Sequence[str], budget: float) -> Plan:
+        """Sensitivities from each site alone, then the search for the largest affordable set."""
+        if self.isolated is None:
+            self.isolated = calibrate(
+                self._graph, self._match, self._samples.fit, convert=(), seed=self._seed
+            )
+            self._sensitivities = {
+                name: self._alone(self.isolated, name)
+                for name in track(candidates, "measuring sites", len(candidates))
+                if self.isolated.fits[name].parameters is not None
+            }
+        return plan(self._sensitivities, self.attempt, budget)
+
+    def rewrite(self, planned: Plan) -> Graph:
+        """The graph with the plan's sites converted."""
+        if planned.chosen is None:
+            return rewrite(self._graph, self._match, None, ())
+        return self._rewritten(planned.chosen.calibration)
+
+    def verify(self, rewritten: Graph) -> Measurement:
+        """The error on samples that took part in nothing else."""
+        return self._reference("report").measure(rewritten)
+
+    def _rewritten(self, fitted: Calibration) -> Graph:
+        return rewrite(self._graph, self._match, fitted, fitted.converted)
+
+    def _alone(self, fitted: Calibration, name: str) -> float:
+        alone = rewrite(self._graph, self._match, fitted, {name})
+        return self._planning.measure(alone).error
+
+    def _reference(self, part: str) -> Reference:
+        samples = getattr(self._samples, part)
+        return Reference(
+            self._graph, samples, self._shelf, output=self._output, metric=self._metric
+        )
+
+
+class _Clock:
+    """Seconds of wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+def _checked(
+    mode: str | None,
+    batches: Iterable[Any] | None,
+    budget: float,
+    metric: str,
+    exclude: Sequence[str],
+) -> str:
+    """The mode to use; raises OptionError for every option that is not allowed."""
+    chosen = ("exact" if batches is None else "budget") if mode is None else mode
+    if chosen not in MODES:
+        raise OptionError(f"mode is {chosen!r}; allowed: {', '.join(MODES)}")
+    if chosen != "exact" and batches is None:
+        raise OptionError(
+            f"mode {chosen!r} needs data: without it every choice of alpha ruins the model; "
+            "pass batches (--data), or use mode 'exact'"
+        )
+    if not budget > 0 or budget != budget:
+        raise OptionError(f"budget is {budget!r}; allowed: a number above 0")
+    check_metric(metric)
+    for pattern in exclude:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise OptionError(f"exclude has {pattern!r}, no regular expression: {error}") from error
+    return chosen
+
+
+def _candidates(found: Match, exclude: Sequence[str]) -> list[str]:
+    return [
+        site.name
+        for site in found.sites
+        if not site.kind.lossless and not _excluded(site.name, exclude)
+    ]
+
+
+def _excluded(name: str, exclude: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in exclude)
+
+
+def _example(example: Any, batches: Iterable[Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the example, by default of the first batch."""
+    given = example if example is not None else next(iter(batches or ()), None)
+    if given is None:
+        return (), {}
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    return tuple(given), {}
+
+
+def _probe(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch | None:
+    """The example as a batch; without one, None."""
+    return graph.bind(kwargs or args) if args or kwargs else None
+
+
+def _report(
+    found: Match,
+    mode: str,
+    metric: str,
+    output: str,
+    budget: float | None,
+    measured: Measurement | None,
+    planned: Plan | None,
+    isolated: Calibration | None,
+    seconds: Mapping[str, float],
+) -> Report:
+    return Report(
+        model=found.model,
+        mode=mode,
+        metric=metric,
+        output=output,
+        budget=budget,
+        error=None if measured is None else measured.error,
+        standard_error=None if measured is None else measured.standard_error,
+        samples=0 if measured is None else measured.samples,
+        sites=tuple(_site_report(site, planned, isolated) for site in found.sites),
+        refusals=tuple(refusal.to_dict() for refusal in found.refusals),
+        attempts=() if planned is None else planned.attempts,
+        seconds=seconds,
+        environment=environment(),
+    )
+
+
+def _site_report(site: NormSite, planned: Plan | None, isolated: Calibration | None) -> SiteReport:
+    chosen = None if planned is None else planned.chosen
+    calibration = isolated if chosen is None else chosen.calibration
+    fit = None if calibration is None else calibration.fits.get(site.name)
+    converted = site.kind.lossless or (planned is not None and site.name in planned.converted)
+    sensitivity = None if planned is None else planned.sensitivities.get(site.name)
+    parameters = fit.parameters if fit is not None and converted else None
+    return SiteReport(
+        name=site.name,
+        kind=site.kind.value,
+        channels=site.channels,
+        consumers=site.consumers,
+        converted=converted,
+        reason=None if converted else _why_kept(planned, fit, sensitivity),
+        alpha=None if parameters is None else float(parameters.alpha.ravel()[0]),
+        fit_error=None if fit is None else fit.fit_error,
+        sensitivity=sensitivity,
+        sigma_median=None if fit is None else fit.sigma_median,
+        sigma_peak=None if fit is None else fit.sigma_peak,
+    )
+
+
+def _why_kept(planned: Plan | None, fit: Any, sensitivity: float | None) -> str:
+    if planned is None:
+        return "mode exact leaves norms alone"
+    if fit is not None and fit.reason is not None:
+        return str(fit.reason)
+    return "excluded" if sensitivity is None else "over budget"

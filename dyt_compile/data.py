@@ -1,0 +1,170 @@
+"""The user's samples: batches that can be gone through again, split into fit, plan and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import DataError
+from .graphs.base import Batch, Graph
+
+__all__ = ["Part", "Splits", "attention_mask", "load", "split"]
+
+SHARES = (0.5, 0.25, 0.25)
+"""Of the samples, for fitting, for planning, and for the report."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A subset of the samples, as batches bound to the model's inputs; can be iterated again."""
+
+    make: Callable[[], Iterator[Batch]]
+    batches: int
+    samples: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.make()
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint samples for fitting, for planning, and for the figures in the report."""
+
+    fit: Part
+    plan: Part
+    report: Part
+
+
+def split(graph: Graph, batches: Iterable[Any], seed: int) -> Splits:
+    """The samples of `batches` split 50/25/25 at random.
+
+    Samples lie along axis 0 where that axis is dynamic in the model; else a batch is a sample.
+    Raises DataError for one-shot iterators, batches that do not fit, and fewer than 4 samples.
+    """
+    if iter(batches) is batches:
+        raise DataError(
+            "batches is a one-shot iterator; it is gone through several times: "
+            "pass a list, or an object whose __iter__ starts anew"
+        )
+    splitter = _Splitter(graph, batches)
+    sizes = [splitter.size(batch) for batch in splitter.bound()]
+    total = sum(sizes)
+    if total < 4:
+        raise DataError(
+            f"the data holds {total} samples; at least 4 are needed for fit, plan and report"
+        )
+    order = np.random.default_rng(seed).permutation(total)
+    first, second = round(total * SHARES[0]), round(total * (SHARES[0] + SHARES[1]))
+    chosen = [np.sort(order[:first]), np.sort(order[first:second]), np.sort(order[second:])]
+    starts = np.cumsum([0, *sizes])
+    return Splits(*(splitter.part(indices, starts) for indices in chosen))
+
+
+class _Splitter:
+    def __init__(self, graph: Graph, batches: Iterable[Any]) -> None:
+        self._graph = graph
+        self._batches = batches
+        self._sampled = [
+            name for name, value in graph.inputs.items() if value.shape and value.shape[0] is None
+        ]
+
+    def bound(self) -> Iterator[Batch]:
+        return (self._graph.bind(batch) for batch in self._batches)
+
+    def size(self, batch: Batch) -> int:
+        """Samples in a batch."""
+        if not self._sampled:
+            return 1
+        size = int(batch[self._sampled[0]].shape[0])
+        if size == 0:
+            raise DataError(f"a batch holds no samples: {self._sampled[0]!r} has length 0")
+        return size
+
+    def part(self, indices: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> Part:
+        places = np.searchsorted(indices, starts)
+        used = int(np.count_nonzero(np.diff(places)))
+
+        def make() -> Iterator[Batch]:
+            for number, batch in enumerate(self.bound()):
+                own = indices[places[number] : places[number + 1]] - starts[number]
+                if len(own):
+                    yield self._rows(batch, own)
+
+        return Part(make, used, len(indices))
+
+    def _rows(self, batch: Batch, rows: npt.NDArray[np.int64]) -> Batch:
+        size = self.size(batch)
+        if len(rows) == size:
+            return batch
+        return {
+            name: value[rows] if name in self._sampled and value.shape[0] == size else value
+            for name, value in batch.items()
+        }
+
+
+def attention_mask(batch: Batch, graph: Graph) -> npt.NDArray[np.bool_] | None:
+    """The positions that count, [samples, positions]; None where the model takes no mask."""
+    native = batch.get("attention_mask")
+    if native is None:
+        return None
+    mask = graph.to_array(native)
+    return mask > 0 if mask.ndim == 2 else None
+
+
+def load(path: Path, batch_size: int) -> Iterable[Any]:
+    """Batches from a file: `.npz` (one array an input, first axis = samples), or a folder of them.
+
+    Raises DataError; object arrays, which would be pickles, are refused.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.npz"))
+        if not files:
+            raise DataError(f"folder {str(path)!r} holds no .npz file")
+        return _Folder(files)
+    if path.suffix != ".npz" or not path.is_file():
+        raise DataError(
+            f"data {str(path)!r} is no .npz file and no folder; allowed: an .npz file, "
+            "a folder of .npz files, or file.py:function"
+        )
+    return _Chunks(_arrays(path), batch_size, path)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    files: list[Path]
+
+    def __iter__(self) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+        return (_arrays(file) for file in self.files)
+
+
+class _Chunks:
+    def __init__(self, arrays: dict[str, npt.NDArray[Any]], size: int, path: Path) -> None:
+        lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1 or not all(lengths.values()):
+            told = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+            raise DataError(
+                f"{str(path)!r}: every array needs the same, non-zero number of samples; {told}"
+            )
+        self._arrays = arrays
+        self._size = size
+        self._total = next(iter(lengths.values()))
+
+    def __iter__(self) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+        for start in range(0, self._total, self._size):
+            yield {name: a[start : start + self._size] for name, a in self._arrays.items()}
+
+
+def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:
+        raise DataError(f"{str(path)!r} is no archive of plain arrays: {error}") from error
+    if not arrays:
+        raise DataError(f"{str(path)!r} holds no array")
+    return arrays

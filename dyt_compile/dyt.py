@@ -1,0 +1,104 @@
+"""Dynamic Tanh and Derf, the formulas: one table of forms, and their values in NumPy.
+
+DyT(x) = gamma * tanh(alpha * x) + beta            (arXiv 2503.10622, equation 2)
+Derf(x) = gamma * erf(alpha * x + shift) + beta    (arXiv 2512.10938)
+
+Torch operators, ONNX functions and TensorRT plugins share the names and the signatures below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["DOMAIN", "FORMS", "PARAMETERS", "VERSION", "DytParameters", "Form", "evaluate"]
+
+DOMAIN = "dyt"
+VERSION = 1
+
+Array = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One operator: which parameters follow x, and which function squashes.
+
+    All inputs are required. alpha and shift are float32 of shape [1] or [C]; gamma and beta have
+    the dtype of x and any shape that broadcasts against it.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    squash: str  # "tanh" or "erf"
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("DyT", ("alpha", "gamma", "beta"), "tanh"),
+        Form("DyTScale", ("alpha", "gamma"), "tanh"),
+        Form("DyTBare", ("alpha",), "tanh"),
+        Form("Derf", ("alpha", "shift", "gamma", "beta"), "erf"),
+    )
+}
+
+PARAMETERS = ("alpha", "shift", "gamma", "beta")
+
+
+@dataclass(frozen=True, eq=False)
+class DytParameters:
+    """The values of one operator.
+
+    alpha: float32, shape [1] or one that broadcasts against x; shift: the same, Derf only.
+    gamma, beta: float32, broadcast against x, or None where the operator has none.
+    """
+
+    alpha: Array
+    gamma: Array | None = None
+    beta: Array | None = None
+    shift: Array | None = None
+    squash: str = "tanh"
+
+    def form(self) -> Form:
+        """The smallest form that holds these values."""
+        if self.squash == "erf":
+            return FORMS["Derf"]
+        if self.beta is not None:
+            return FORMS["DyT"]
+        return FORMS["DyTBare"] if self.gamma is None else FORMS["DyTScale"]
+
+    def named(self) -> dict[str, Array]:
+        """Every parameter of the form by name, absent ones filled with their neutral value."""
+        neutral = {"shift": 0.0, "gamma": 1.0, "beta": 0.0}
+        channels = next((p.shape for p in (self.gamma, self.beta) if p is not None), (1,))
+        filled: dict[str, Array] = {}
+        for name in self.form().parameters:
+            value: Array | None = getattr(self, name)
+            if value is None:
+                shape = (1,) if name == "shift" else channels
+                value = np.full(shape, neutral[name], np.float32)
+            filled[name] = value
+        return filled
+
+
+def evaluate(parameters: DytParameters, x: Array) -> Array:
+    """gamma * squash(alpha * x + shift) + beta, in the dtype that NumPy's promotion gives."""
+    squash: Callable[[Array], Array] = np.tanh if parameters.squash == "tanh" else _erf
+    argument = parameters.alpha * x
+    if parameters.shift is not None:
+        argument = argument + parameters.shift
+    y = squash(argument)
+    if parameters.gamma is not None:
+        y = y * parameters.gamma
+    return y if parameters.beta is None else y + parameters.beta
+
+
+def _erf(x: Array) -> Array:
+    # NumPy has no erf; math.erf is exact to double precision and this runs on proofs alone.
+    from math import erf
+
+    values = np.fromiter(map(erf, np.ravel(x).tolist()), np.float64, np.size(x))
+    return values.reshape(np.shape(x)).astype(np.asarray(x).dtype)

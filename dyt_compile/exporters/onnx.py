@@ -1,0 +1,237 @@
+"""Export: a converted model as one portable ONNX file, checked before it takes its name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from ..dyt import DOMAIN, FORMS, VERSION, Form
+from ..errors import ExportError, OptionError, VerificationError
+from ..files import replaced
+from ..graphs import onnx_functions
+from ..graphs.onnx import SCOPES, OnnxGraph
+from ..graphs.onnx_precision import NARROW, narrow
+from ..passes.match import match
+from ..runtime import Session
+
+if TYPE_CHECKING:
+    from ..compiler import Conversion
+    from ..graphs.fx import FxGraph
+
+__all__ = ["OnnxExport", "export_onnx"]
+
+OPSETS = range(18, 24)
+"""Opsets that torch's exporter and ONNX Runtime both take."""
+
+DEFAULT_OPSET = 20
+EMBEDDED_BYTES = 1_800_000_000
+"""Weights above this go to a file beside the model: protobuf ends at 2 GB."""
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
+"""Largest difference allowed, relative to the largest value of the output: twenty units of rounding
+for the narrow types."""
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """A written file.
+
+    export_error: largest difference from the converted model over its outputs, relative to the
+    largest value of each, on one batch; None where there was no batch to run it on.
+    """
+
+    path: Path
+    opset: int
+    dtype: str
+    bytes: int
+    export_error: float | None
+
+
+def export_onnx(
+    result: Conversion,
+    path: str | Path,
+    *,
+    opset: int | None = None,
+    dtype: str = "fp32",
+    provider: str = "cpu",
+) -> OnnxExport:
+    """Write a converted model as an ONNX file in which every DyT is a `dyt` function.
+
+    opset: 18 to 23; by default 20, or the file's own where the model came from ONNX. dtype:
+    "fp32", "fp16" or "bf16" inside the model, whose inputs and outputs keep their types and
+    names; alpha stays float32. Above 1.8 GB the weights go to `<name>.data` beside the file.
+
+    Raises OptionError, ExportError, and VerificationError if the file does not compute what the
+    converted model computes; in each case nothing is left at `path`.
+    """
+    target = Path(path)
+    if dtype not in TOLERANCES:
+        raise OptionError(f"dtype is {dtype!r}; allowed: {', '.join(TOLERANCES)}")
+    if opset is not None and opset not in OPSETS:
+        raise OptionError(f"opset is {opset}; allowed: {OPSETS[0]} to {OPSETS[-1]}")
+    if isinstance(result.graph, OnnxGraph):
+        model = _from_onnx(result.graph, opset)
+    else:
+        model = _from_torch(result.graph, opset or DEFAULT_OPSET)  # type: ignore[arg-type]
+    if dtype in NARROW:
+        narrow(model, NARROW[dtype], _kept_norms(model))
+    with replaced(target) as temporary:
+        size = _save(model, temporary)
+        error = _check(temporary, result, dtype, provider)
+    return OnnxExport(target, model.opset_imports[""], dtype, size, error)
+
+
+def _from_onnx(graph: OnnxGraph, opset: int | None) -> ir.Model:
+    model = graph.model.clone()
+    if opset is not None and opset != model.opset_imports.get(""):
+        from onnxscript import version_converter
+
+        before = model.opset_imports.get("")
+        model.functions.clear()
+        version_converter.convert_version(model, opset, fallback=True)
+        if model.opset_imports.get("") != opset:
+            raise ExportError(f"the model's opset {before} cannot be converted to {opset}")
+        onnx_functions.declare(model)
+    return model
+
+
+def _from_torch(graph: FxGraph, opset: int) -> ir.Model:
+    import torch
+
+    from ..nn import operator
+
+    if any(p.is_meta for p in graph.model.parameters()):
+        raise ExportError("the model's weights are not loaded (meta tensors): nothing to export")
+    table = {operator(form): _translation(form) for form in FORMS.values()}
+    try:
+        program = torch.onnx.export(
+            graph.program(),
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table=table,
+            output_names=list(graph.outputs),
+            verbose=False,
+        )
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ExportError(f"torch.onnx.export cannot write {graph.name}: {reason}") from error
+    if program is None:
+        raise ExportError(f"torch.onnx.export wrote no program for {graph.name}")
+    model: ir.Model = program.model
+    onnx_functions.declare(model)
+    for node in model.graph.all_nodes():
+        # Stack traces hold the paths of the machine that exported the model.
+        scopes = node.metadata_props.get(SCOPES)
+        node.metadata_props.clear()
+        if scopes is not None:
+            node.metadata_props[SCOPES] = scopes
+    _name_axes(model)
+    return model
+
+
+def _translation(form: Form) -> Any:
+    """What torch's exporter calls for an operator of ours: it adds one node of the form."""
+    from onnxscript.values import Op as OnnxOp
+    from onnxscript.values import Opset
+
+    schema_of = onnx.defs.OpSchema
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+    typed = {"alpha": "tensor(float)", "shift": "tensor(float)"}
+    schema = schema_of(
+        form.name,
+        DOMAIN,
+        VERSION,
+        inputs=[
+            schema_of.FormalParameter(name, typed.get(name, "T"))
+            for name in ("x", *form.parameters)
+        ],
+        outputs=[schema_of.FormalParameter("y", "T")],
+        type_constraints=[("T", floats, "")],
+        attributes=[
+            schema_of.Attribute(name, schema_of.AttrType.STRING, "")
+            for name in onnx_functions.PLUGIN_ATTRIBUTES
+        ],
+    )
+    node = OnnxOp(Opset(DOMAIN, VERSION), form.name, schema)
+    return lambda *inputs: node(*inputs, **onnx_functions.PLUGIN_ATTRIBUTES)
+
+
+def _kept_norms(model: ir.Model) -> set[ir.Node]:
+    """The nodes of norms that were kept: their squares overflow fp16, so they stay in float32."""
+    graph = OnnxGraph("export", model)
+    return {
+        node
+        for site in match(graph).sites
+        if not site.kind.lossless
+        for node in graph.between([site.input], [site.output])
+    }
+
+
+def _name_axes(model: ir.Model) -> None:
+    """Call the symbol of axis 0 "batch", as it says in files made by hand, instead of "s31"."""
+    first = next((v for v in model.graph.inputs if v.shape and not v.shape.is_static(0)), None)
+    symbol = None if first is None or first.shape is None else str(first.shape[0])
+    if symbol is None or not symbol.isidentifier():
+        return
+    for value in _all_values(model):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    size if isinstance(size, int) else re.sub(rf"\b{symbol}\b", "batch", str(size))
+                    for size in value.shape
+                ]
+            )
+
+
+def _all_values(model: ir.Model) -> list[ir.Value]:
+    made = [output for node in model.graph.all_nodes() for output in node.outputs]
+    return [*model.graph.inputs, *made]
+
+
+def _save(model: ir.Model, path: Path) -> int:
+    """Write the model; bytes of the file and of the weights beside it."""
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    external = f"{path.name}.data" if weights > EMBEDDED_BYTES else None
+    ir.save(model, path, external_data=external)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise ExportError(f"the exported model is not valid ONNX: {error}") from error
+    return sum(file.stat().st_size for file in path.parent.iterdir())
+
+
+def _check(path: Path, result: Conversion, dtype: str, provider: str) -> float | None:
+    """Run the file beside the converted model on one batch; the error, None without a batch."""
+    batch = result.probe
+    if batch is None:
+        return None
+    names = list(result.graph.inputs)
+    expected = result.graph.segment(
+        list(result.graph.inputs.values()), list(result.graph.outputs.values())
+    )([batch[name] for name in names])
+    reference = [result.graph.to_array(value) for value in expected]
+    session = Session(path, provider)
+    found = session.run([result.graph.to_array(batch[name]) for name in session.inputs])
+    error = max(map(_difference, reference, found), default=0.0)
+    if not error <= TOLERANCES[dtype]:
+        raise VerificationError(
+            f"the exported model differs from the converted one by {error:.3g} "
+            f"(relative to the largest output); allowed in {dtype}: {TOLERANCES[dtype]:g}"
+        )
+    return error
+
+
+def _difference(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    if not expected.size:
+        return 0.0
+    a, b = expected.astype(np.float64), found.astype(np.float64)
+    return float(np.abs(a - b).max() / (np.abs(a).max() or 1.0))

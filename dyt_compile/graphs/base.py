@@ -1,0 +1,75 @@
+"""What every graph offers to the passes, whichever world it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..dyt import DytParameters
+from ..sites import NormSite
+from ..terms import Term, Value
+
+__all__ = ["Batch", "Graph", "Segment"]
+
+Array = npt.NDArray[Any]
+Batch = Mapping[str, Any]
+"""Input name to native tensor, every input of the graph present."""
+
+
+class Segment(Protocol):
+    """A part of a graph, ready to run: from the values of a cut to the values of a later one."""
+
+    def __call__(self, values: Sequence[Any]) -> list[Any]:
+        """Native values of `stop`, given native values of `start`."""
+        ...
+
+
+class Graph(Protocol):
+    """A model, seen as terms in execution order.
+
+    Native values are what the world computes with: tensors of torch, arrays of NumPy, integers.
+    A graph is never changed: `replace` returns a new one that shares its weights.
+    """
+
+    name: str
+    terms: Sequence[Term]
+    inputs: Mapping[str, Value]
+    outputs: Mapping[str, Value]
+
+    def bind(self, batch: Any) -> Batch:
+        """The user's batch (tuple of args, or dict of kwargs) by input name; raises DataError."""
+        ...
+
+    def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> Segment:
+        """The part of the graph that computes `stop` from `start` and the graph's constants."""
+        ...
+
+    def constant(self, value: Value) -> Array | None:
+        """The value of a constant, None where its weights are not loaded (meta tensors)."""
+        ...
+
+    def to_array(self, native: Any) -> Array:
+        """A native value as an array; bfloat16 comes as `ml_dtypes.bfloat16`."""
+        ...
+
+    def from_array(self, array: Array, like: Value) -> Any:
+        """A native value of the dtype of `like`."""
+        ...
+
+    def replace(self, replacements: Mapping[str, tuple[NormSite, DytParameters]]) -> Graph:
+        """A new graph in which DyT stands at each named site; its terms are matched anew."""
+        ...
+
+    @property
+    def model(self) -> Any:
+        """The graph as its users know it: an `nn.Module` or an `onnx_ir.Model`."""
+        ...
+
+
+def rows(array: Array, axis: int) -> npt.NDArray[np.float32]:
+    """An array as float32 rows of channels, shape [rows, C]: `axis` moves to the end."""
+    moved = np.moveaxis(array, axis, -1)
+    return np.ascontiguousarray(moved.reshape(-1, moved.shape[-1]), dtype=np.float32)

@@ -1,0 +1,363 @@
+"""Graphs of torch: an exported program's `GraphModule`, run node by node."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils import _pytree as pytree
+
+from ..dyt import DytParameters
+from ..errors import DataError, RewriteError
+from ..nn import operator, parameter
+from ..sites import NormSite
+from ..terms import Alias, Op, Term, Value
+from .base import Batch
+from .fx_terms import say, scalar_of
+
+__all__ = ["FxGraph"]
+
+Array = npt.NDArray[Any]
+
+NO_EFFECT = {"aten::_assert_tensor_metadata"}
+"""Nodes that check what tracing saw, and compute nothing."""
+
+
+class FxGraph:
+    """A torch model as a graph; see `graphs.base.Graph`.
+
+    module: a GraphModule of aten operators, parameters as `get_attr` nodes.
+    args, kwargs: the example it was traced with; needed to export it again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: torch.fx.GraphModule,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.name = name
+        self.args = args
+        self.kwargs = kwargs
+        self._module = module
+        for node in list(module.graph.nodes):
+            if _schema_name(node) in NO_EFFECT:
+                module.graph.erase_node(node)
+        self._order = {node: place for place, node in enumerate(module.graph.nodes)}
+        self._values: dict[torch.fx.Node, Value] = {}
+        self.terms: list[Term] = []
+        for node in module.graph.nodes:
+            self._say(node)
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        self.inputs = {str(n.target): self._values[n] for n in placeholders}
+        self.outputs = self._name_outputs()
+
+    @property
+    def model(self) -> torch.fx.GraphModule:
+        """The module itself, called like the model that it was traced from."""
+        return self._module
+
+    def program(self) -> torch.export.ExportedProgram:
+        """The module as an exported program again, with the dynamic axes that it has."""
+        return torch.export.export(
+            self._module, self.args, self.kwargs, dynamic_shapes=self._dynamic_axes(), strict=False
+        )
+
+    def bind(self, batch: Any) -> Batch:
+        """A batch by input name: tuples hold positional arguments, dicts keyword arguments."""
+        if isinstance(batch, Mapping) and set(self.inputs) <= set(batch):
+            leaves = [batch[name] for name in self.inputs]
+        elif isinstance(batch, (tuple, list, Mapping)):
+            leaves = pytree.tree_leaves(batch)
+        else:
+            raise DataError(
+                f"a batch is a {type(batch).__name__}; allowed: a tuple of arguments or a dict"
+            )
+        if len(leaves) != len(self.inputs):
+            wanted = ", ".join(self.inputs)
+            given = ", ".join(batch) if isinstance(batch, Mapping) else f"{len(leaves)} tensors"
+            raise DataError(f"a batch holds {given}; the model's inputs are: {wanted}")
+        return {
+            name: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
+            for name, leaf in zip(self.inputs, leaves, strict=True)
+        }
+
+    def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> FxSegment:
+        """The nodes between two cuts."""
+        known = {value.native for value in start}
+        needed = _ancestors([value.native for value in stop], known)
+        nodes = sorted(needed - known, key=self._order.__getitem__)
+        missing = [node for node in nodes if node.op == "placeholder"]
+        if missing:
+            raise RewriteError(f"a cut of the graph lacks the input {missing[0].target!r}")
+        return FxSegment(self._module, [v.native for v in start], nodes, [v.native for v in stop])
+
+    def constant(self, value: Value) -> Array | None:
+        """A constant's value, in float32 where it was bfloat16; None on meta tensors."""
+        (tensor,) = self.segment([], [value])([])
+        return None if tensor.is_meta else self.to_array(tensor)
+
+    def to_array(self, native: Any) -> Array:
+        """A tensor (of any device) as an array; numbers as arrays without axes."""
+        if not isinstance(native, torch.Tensor):
+            return np.asarray(native)
+        tensor = native.detach().cpu()
+        if tensor.dtype is torch.bfloat16:
+            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    def from_array(self, array: Array, like: Value) -> torch.Tensor:
+        """A tensor of the dtype of `like`, on the model's device."""
+        dtype = getattr(torch, like.dtype or "float32")
+        if array.dtype == ml_dtypes.bfloat16:
+            bits = torch.from_numpy(np.ascontiguousarray(array).view(np.int16))
+            return bits.view(torch.bfloat16).to(self._device(), dtype)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device(), dtype)
+
+    def replace(self, replacements: Iterable[tuple[NormSite, DytParameters]]) -> FxGraph:
+        """A new graph with DyT at the given sites; other parameters are shared, not copied."""
+        graph = torch.fx.Graph()
+        copies: dict[torch.fx.Node, torch.fx.Node] = {}
+        graph.output(graph.graph_copy(self._module.graph, copies))
+        graph._codegen = copy.deepcopy(self._module.graph._codegen)
+        calls = [(site, values, _put(graph, copies, site, values)) for site, values in replacements]
+        graph.eliminate_dead_code()
+        attributes = {
+            str(node.target): _attribute(self._module, str(node.target))
+            for node in graph.nodes
+            if node.op in ("get_attr", "call_module")
+        }
+        for site, values, call in calls:
+            attributes |= self._attach(graph, call, site, values, attributes)
+        module = torch.fx.GraphModule(attributes, graph)
+        module.train(self._module.training)
+        return FxGraph(self.name, module, self.args, self.kwargs)
+
+    def _attach(
+        self,
+        graph: torch.fx.Graph,
+        call: torch.fx.Node,
+        site: NormSite,
+        parameters: DytParameters,
+        taken: Mapping[str, Any],
+    ) -> dict[str, torch.nn.Parameter]:
+        """Give a DyT node its values, as parameters under the site's path."""
+        path = site.name.replace("#", "_call")
+        while any(f"{target}.".startswith(f"{path}.") for target in taken):
+            path += "_dyt"  # the norm's own parameters have another reader
+        dtype = getattr(torch, site.dtype or "float32")
+        held = {
+            f"{path}.{name}": parameter(value, name, dtype, self._device())
+            for name, value in parameters.named().items()
+        }
+        with graph.inserting_before(call):
+            call.args = (*call.args, *map(graph.get_attr, held))
+        return held
+
+    def _say(self, node: torch.fx.Node) -> None:
+        if node.op == "output":
+            return
+        said = say(node) if node.op == "call_function" else None
+        if isinstance(said, Alias):
+            self._values[node] = self._values[said.operand]
+            return
+        value = self._values[node] = self._value(node)
+        if node.op in ("placeholder", "get_attr"):
+            return
+        if said is None:
+            op, operands, attributes = Op.OPAQUE, tuple(node.all_input_nodes), {}
+        else:
+            op, operands, attributes = said.op, said.operands, said.attributes
+        inputs = [
+            self._values[x] if isinstance(x, torch.fx.Node) else None if x is None else float(x)
+            for x in operands
+        ]
+        index = self._order[node]
+        term = Term(
+            op, inputs, value, attributes, index=index, scope=_scope(node), label=_label(node)
+        )
+        self.terms.append(term)
+
+    def _value(self, node: torch.fx.Node) -> Value:
+        if node.op == "get_attr":
+            tensor = _attribute(self._module, str(node.target))
+            if isinstance(tensor, torch.Tensor):
+                learned = isinstance(tensor, torch.nn.Parameter)
+                return Value(
+                    node, str(node.target), tuple(tensor.shape), _dtype_name(tensor.dtype),
+                    constant=True, parameter=learned,
+                    scalar=None if learned or tensor.numel() != 1 or tensor.is_meta
+                    else float(tensor),
+                )  # fmt: skip
+        shape, dtype = None, None
+        seen = node.meta.get("val")
+        if isinstance(seen, torch.Tensor):
+            shape = tuple(size if isinstance(size, int) else None for size in seen.shape)
+            dtype = _dtype_name(seen.dtype)
+        scalar = scalar_of(node) if node.op == "call_function" else None
+        constant = node.op == "get_attr" or scalar is not None
+        return Value(node, node.name, shape, dtype, constant=constant, scalar=scalar)
+
+    def _output_node(self) -> torch.fx.Node:
+        return next(iter(reversed(self._module.graph.nodes)))
+
+    def _name_outputs(self) -> dict[str, Value]:
+        results = self._output_node().args[0]
+        nodes = results if isinstance(results, (tuple, list)) else (results,)
+        names = _output_names(self._module, len(nodes))
+        return {
+            name: self._values[node]
+            for name, node in zip(names, nodes, strict=True)
+            if isinstance(node, torch.fx.Node)
+        }
+
+    def _dynamic_axes(self) -> tuple[dict[int, Any] | None, ...]:
+        """For each input leaf, the axes whose length is a symbol in the graph."""
+        dims = [
+            {axis: torch.export.Dim.AUTO for axis, size in enumerate(value.shape) if size is None}
+            if value.shape
+            else None
+            for value in self.inputs.values()
+        ]
+        tree = pytree.tree_structure((self.args, self.kwargs))
+        if tree.num_leaves != len(dims):
+            raise RewriteError(
+                f"the example holds {tree.num_leaves} tensors, the graph {len(dims)} inputs"
+            )
+        args, kwargs = pytree.tree_unflatten(dims, tree)
+        return (*args, *kwargs.values())
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self._module.parameters()), torch.device("cpu"))
+
+
+class FxSegment:
+    """Nodes of a GraphModule, run in order; what is used no more is released at once."""
+
+    def __init__(
+        self,
+        module: torch.fx.GraphModule,
+        start: Sequence[torch.fx.Node],
+        nodes: Sequence[torch.fx.Node],
+        stop: Sequence[torch.fx.Node],
+    ) -> None:
+        self._module = module
+        self._start = start
+        self._nodes = nodes
+        self._stop = stop
+        last_use: dict[torch.fx.Node, torch.fx.Node] = {}
+        for node in nodes:
+            for operand in node.all_input_nodes:
+                last_use[operand] = node
+        kept = set(stop)
+        self._released: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+        for operand, node in last_use.items():
+            if operand not in kept:
+                self._released.setdefault(node, []).append(operand)
+
+    @torch.no_grad()
+    def __call__(self, values: Sequence[Any]) -> list[Any]:
+        """Values of the later cut."""
+        env = dict(zip(self._start, values, strict=True))
+        for node in self._nodes:
+            env[node] = self._run(node, env)
+            for operand in self._released.get(node, ()):
+                del env[operand]
+        return [env[node] for node in self._stop]
+
+    def _run(self, node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return _attribute(self._module, str(node.target))
+        args = torch.fx.node.map_arg(node.args, env.__getitem__)
+        kwargs = torch.fx.node.map_arg(node.kwargs, env.__getitem__)
+        if node.op == "call_module":
+            return self._module.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _put(
+    graph: torch.fx.Graph,
+    copies: dict[torch.fx.Node, torch.fx.Node],
+    site: NormSite,
+    parameters: DytParameters,
+) -> torch.fx.Node:
+    """Let every reader of the site's output read DyT of its input, still without parameters."""
+    source, end = copies[site.input.native], copies[site.output.native]
+    with graph.inserting_after(end):
+        call = graph.call_function(operator(parameters.form()), (source,))
+    call.meta = dict(end.meta)
+    result = call
+    if site.input.dtype != site.output.dtype:
+        dtype = getattr(torch, str(site.output.dtype))
+        call.meta["val"] = end.meta["val"].to(source.meta["val"].dtype)
+        with graph.inserting_after(call):
+            result = graph.call_function(torch.ops.aten.to.dtype, (call, dtype))
+        result.meta = dict(end.meta)
+    end.replace_all_uses_with(result)
+    copies[site.output.native] = result  # a later site may read this one
+    return call
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _ancestors(stop: Iterable[torch.fx.Node], known: set[torch.fx.Node]) -> set[torch.fx.Node]:
+    pending, seen = [node for node in stop if node not in known], set[torch.fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        pending.extend(n for n in node.all_input_nodes if n not in known and n not in seen)
+    return seen
+
+
+def _scope(node: torch.fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path, _ = next(reversed(stack.values()), ("", None))
+    return str(path)
+
+
+def _label(node: torch.fx.Node) -> str:
+    name = _schema_name(node)
+    return name.partition("::")[2] if name else getattr(node.target, "__name__", str(node.target))
+
+
+def _schema_name(node: torch.fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name) if schema is not None else ""
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _output_names(module: torch.fx.GraphModule, count: int) -> list[str]:
+    """Names of the outputs from the model's own structure: dict keys, fields, tuple places."""
+    info = getattr(module.graph._codegen, "pytree_info", None)
+    spec = getattr(info, "out_spec", None)
+    if spec is None or spec.num_leaves != count:
+        return ["output"] if count == 1 else [f"output_{place}" for place in range(count)]
+    tree = pytree.tree_unflatten(list(range(count)), spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    return [_joined(path, count) for path in paths]
+
+
+def _joined(path: tuple[Any, ...], count: int) -> str:
+    parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", ""))) for key in path]
+    if parts and isinstance(parts[0], str):
+        return ".".join(map(str, parts))
+    name = "_".join(map(str, parts))
+    return f"output_{name}" if name and count > 1 else "output"

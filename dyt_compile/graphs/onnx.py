@@ -1,0 +1,332 @@
+"""Graphs of ONNX: an `onnx_ir.Model`, whose parts ONNX Runtime runs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common as ir_passes
+
+from ..dyt import DytParameters
+from ..errors import CaptureError, DataError, RewriteError
+from ..runtime import Session
+from ..sites import NormSite
+from ..terms import Alias, Op, Term, Value
+from . import onnx_functions
+from .base import Batch
+from .onnx_terms import say, scalar
+
+__all__ = ["OnnxGraph"]
+
+Array = npt.NDArray[Any]
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch's exporter keeps the module paths of a node, outermost first."""
+
+
+class OnnxGraph:
+    """An ONNX model as a graph; see `graphs.base.Graph`. Native values are NumPy arrays."""
+
+    def __init__(self, name: str, model: ir.Model, provider: str = "cpu") -> None:
+        self.name = name
+        self._model = model
+        self._provider = provider
+        self._nodes = list(model.graph)
+        self._order = {node: place for place, node in enumerate(self._nodes)}
+        self._values: dict[ir.Value, Value] = {}
+        self.terms: list[Term] = []
+        constants = set(model.graph.initializers.values())
+        inputs = [value for value in model.graph.inputs if value not in constants]
+        for value in (*inputs, *constants):
+            self._values[value] = _seen(value, constant=value in constants)
+        for node in self._nodes:
+            self._say(node)
+        self.inputs = {str(value.name): self._values[value] for value in inputs}
+        self.outputs = {str(v.name): self._values[v] for v in model.graph.outputs}
+
+    @classmethod
+    def from_file(cls, path: Path, provider: str = "cpu") -> OnnxGraph:
+        """The graph of an `.onnx` file; weights in external files stay there until needed."""
+        try:
+            model = ir.load(path)
+        except Exception as error:
+            raise CaptureError(f"{str(path)!r} is no ONNX model: {error}") from error
+        return cls(path.stem, _prepared(model), provider)
+
+    @classmethod
+    def from_model(cls, name: str, model: ir.Model, provider: str = "cpu") -> OnnxGraph:
+        """The graph of a model in memory, which stays as it is."""
+        return cls(name, _prepared(model.clone()), provider)
+
+    @property
+    def model(self) -> ir.Model:
+        """The model itself."""
+        return self._model
+
+    def bind(self, batch: Any) -> Batch:
+        """A batch by input name: tuples in the order of the model's inputs, dicts by name."""
+        if isinstance(batch, Mapping):
+            missing = [name for name in self.inputs if name not in batch]
+            if missing:
+                raise DataError(
+                    f"a batch lacks the input {missing[0]!r}; it holds: {', '.join(batch)}; "
+                    f"the model's inputs are: {', '.join(self.inputs)}"
+                )
+            given = [batch[name] for name in self.inputs]
+        else:
+            given = list(batch)
+        if len(given) != len(self.inputs):
+            raise DataError(
+                f"a batch holds {len(given)} arrays; the model's inputs are: "
+                f"{', '.join(self.inputs)}"
+            )
+        return {
+            name: np.asarray(array.numpy() if hasattr(array, "numpy") else array)
+            for name, array in zip(self.inputs, given, strict=True)
+        }
+
+    def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> OnnxSegment:
+        """The nodes between two cuts, as a session of ONNX Runtime."""
+        return OnnxSegment(self._model, start, stop, self.between(start, stop), self._provider)
+
+    def between(self, start: Sequence[Value], stop: Sequence[Value]) -> list[ir.Node]:
+        """The nodes that compute `stop` from `start`, in execution order."""
+        known = {value.native for value in start}
+        pending = [value.native for value in stop if value.native not in known]
+        needed: set[ir.Node] = set()
+        while pending:
+            value = pending.pop()
+            node = value.producer()
+            if node is None:
+                if value.is_graph_input() and value not in self._model.graph.initializers.values():
+                    raise RewriteError(f"a cut of the graph lacks the input {value.name!r}")
+                continue
+            if node not in needed:
+                needed.add(node)
+                pending.extend(v for v in _read_by(node) if v not in known)
+        return sorted(needed, key=self._order.__getitem__)
+
+    def constant(self, value: Value) -> Array | None:
+        """A constant's value: from the file, or computed from what the file holds."""
+        tensor = ir.convenience.get_const_tensor(value.native)
+        if tensor is not None:
+            return np.asarray(tensor.numpy())
+        (array,) = self.segment([], [value])([])
+        return np.asarray(array)
+
+    def to_array(self, native: Any) -> Array:
+        """Native values are arrays already."""
+        return np.asarray(native)
+
+    def from_array(self, array: Array, like: Value) -> Array:
+        """The array in the dtype of `like`."""
+        return array.astype(_numpy_dtype(like.dtype), copy=False)
+
+    def replace(self, replacements: Iterable[tuple[NormSite, DytParameters]]) -> OnnxGraph:
+        """A new graph with DyT at the given sites; the weights are shared, not copied."""
+        model = self._model.clone()
+        copies: dict[ir.Value, ir.Value] = {}
+        for old, new in zip(self._nodes, model.graph, strict=True):
+            copies.update(zip(old.outputs, new.outputs, strict=True))
+        copies.update(zip(self._model.graph.inputs, model.graph.inputs, strict=True))
+        for name, value in self._model.graph.initializers.items():
+            copies[value] = model.graph.initializers[name]
+        for site, parameters in replacements:
+            _put(model, copies, site, parameters)
+        onnx_functions.declare(model)
+        ir_passes.RemoveUnusedNodesPass()(model)
+        return OnnxGraph(self.name, model, self._provider)
+
+    def _say(self, node: ir.Node) -> None:
+        if node.op_type == "Constant" and node.domain == "":
+            self._values[node.outputs[0]] = _seen(node.outputs[0], constant=True)
+            return
+        said = say(node)
+        for place, output in enumerate(node.outputs):
+            if place == 0 and isinstance(said, Alias) and said.operand in self._values:
+                self._values[output] = self._values[said.operand]
+                continue
+            value = self._values[output] = _seen(output)
+            op, operands, attributes = Op.OPAQUE, tuple(_read_by(node)), {}
+            if place == 0 and said is not None and not isinstance(said, Alias):
+                op, operands, attributes = said.op, said.operands, said.attributes
+            inputs = [self._values[x] if isinstance(x, ir.Value) else x for x in operands]
+            term = Term(
+                op, inputs, value, attributes,
+                index=self._order[node], scope=_scope(node), label=node.op_type,
+            )  # fmt: skip
+            self.terms.append(term)
+
+
+class OnnxSegment:
+    """A part of a model as a session of ONNX Runtime."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        start: Sequence[Value],
+        stop: Sequence[Value],
+        nodes: Sequence[ir.Node],
+        provider: str,
+    ) -> None:
+        self._passed = [value.native for value in start]
+        self._stop = [value.native for value in stop]
+        made = {output for node in nodes for output in node.outputs}
+        self._outputs = [value for value in dict.fromkeys(self._stop) if value in made]
+        self._constants = {
+            value: np.asarray(tensor.numpy())
+            for value in self._stop
+            if value not in made and (tensor := ir.convenience.get_const_tensor(value)) is not None
+        }
+        read = {value for node in nodes for value in _read_by(node)}
+        self._inputs = [value for value in self._passed if value in read]
+        self._session: Session | None = None
+        if nodes and self._outputs:
+            initializers = [
+                v for v in model.graph.initializers.values() if v in read and v not in self._inputs
+            ]
+            view = ir.GraphView(
+                self._inputs, self._outputs, nodes=nodes, initializers=initializers,
+                opset_imports=model.opset_imports, name="segment",
+            )  # fmt: skip
+            part = ir.Model(
+                view.clone(), ir_version=model.ir_version,
+                functions=[function.clone() for function in model.functions.values()],
+            )  # fmt: skip
+            self._session = Session(part, provider)
+
+    def __call__(self, values: Sequence[Any]) -> list[Any]:
+        """Values of the later cut."""
+        known: dict[ir.Value, Any] = {
+            **self._constants, **dict(zip(self._passed, values, strict=True))
+        }  # fmt: skip
+        if self._session is not None:
+            results = self._session.run([known[value] for value in self._inputs])
+            known.update(zip(self._outputs, results, strict=True))
+        return [known[value] for value in self._stop]
+
+
+def _prepared(model: ir.Model) -> ir.Model:
+    """Functions of other tools inlined, shapes and dtypes inferred, nodes in execution order."""
+    foreign = [f for f in model.functions.values() if f.domain != onnx_functions.DOMAIN]
+    if foreign:
+        ir_passes.InlinePass(lambda function: function.domain != onnx_functions.DOMAIN)(model)
+    model.graph.sort()
+    ir_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    return model
+
+
+def _put(
+    model: ir.Model,
+    copies: dict[ir.Value, ir.Value],
+    site: NormSite,
+    parameters: DytParameters,
+) -> None:
+    """Let every reader of the site's output read DyT of its input."""
+    graph = model.graph
+    source, end = copies[site.input.native], copies[site.output.native]
+    dtype = source.dtype or end.dtype or ir.DataType.FLOAT
+    held = []
+    for name, array in parameters.named().items():
+        kept = ir.DataType.FLOAT if name in ("alpha", "shift") else dtype
+        tensor = ir.tensor(array.astype(kept.numpy()), dtype=kept, name=f"{site.name}.{name}")
+        held.append(_initializer(graph, tensor))
+    final = str(end.name)
+    node = onnx_functions.call(parameters.form(), [source, *held], _free(graph, f"{final}_dyt"))
+    nodes = [node]
+    if end.dtype is not None and source.dtype is not None and end.dtype != source.dtype:
+        cast = ir.Node("", "Cast", node.outputs, [ir.AttrInt64("to", end.dtype.value)])
+        nodes.append(cast)
+    result = nodes[-1].outputs[0]
+    result.shape, result.dtype = end.shape, end.dtype
+    producer = end.producer()
+    if producer is None:
+        raise RewriteError(f"site {site.name!r} has no node that makes its output")
+    for place, added in enumerate(nodes):
+        graph.insert_after(producer if place == 0 else nodes[place - 1], added)
+    end.replace_all_uses_with(result, replace_graph_outputs=True)
+    if result.is_graph_output():
+        end.name, result.name = f"{final}_norm", final
+    _copy_scope(producer, nodes)
+    copies[site.output.native] = result  # a later site may read this one
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    name = _free(graph, str(tensor.name))
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )  # fmt: skip
+    graph.register_initializer(value)
+    return value
+
+
+def _free(graph: ir.Graph, name: str) -> str:
+    taken = {*graph.initializers, *(v.name for node in graph for v in node.outputs)}
+    free, number = name, 1
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def _copy_scope(source: ir.Node, nodes: Iterable[ir.Node]) -> None:
+    if SCOPES in source.metadata_props:
+        for node in nodes:
+            node.metadata_props[SCOPES] = source.metadata_props[SCOPES]
+
+
+def _read_by(node: ir.Node) -> list[ir.Value]:
+    """What a node reads, values that its subgraphs take from outside included."""
+    values = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            values.extend(_captured(attribute.as_graph()))
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            for graph in attribute.as_graphs():
+                values.extend(_captured(graph))
+    return values
+
+
+def _captured(graph: ir.Graph) -> list[ir.Value]:
+    own = {*graph.inputs, *graph.initializers.values()}
+    own.update(output for node in graph for output in node.outputs)
+    read = [value for node in graph for value in _read_by(node)]
+    return [value for value in (*read, *graph.outputs) if value not in own]
+
+
+def _seen(value: ir.Value, *, constant: bool = False) -> Value:
+    shape: tuple[int | None, ...] | None = None
+    if value.shape is not None:
+        shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+    elif constant and value.const_value is not None:
+        shape = tuple(int(size) for size in value.const_value.shape)
+    dtype = None if value.dtype is None else value.dtype.numpy().name
+    number = scalar(value) if constant else None
+    # In ONNX a learned alpha is an initializer like any other constant: the matcher asks for a
+    # vector gamma behind it, or for a shape, before it takes a scale for a learned one.
+    learned = constant and value.is_initializer() and (shape != ())
+    return Value(
+        value, str(value.name), shape, dtype, constant=constant, parameter=learned, scalar=number
+    )
+
+
+def _scope(node: ir.Node) -> str:
+    scopes = node.metadata_props.get(SCOPES)
+    if scopes is None:
+        return ""
+    try:
+        path = ast.literal_eval(scopes)
+    except (SyntaxError, ValueError):
+        return ""
+    return str(path[-2]) if isinstance(path, list) and len(path) > 1 else ""
+
+
+def _numpy_dtype(name: str | None) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name or "float32")

@@ -1,0 +1,231 @@
+"""Narrow and wide types inside an ONNX model: fp16 and bf16, and float32 where it must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from ..dyt import DOMAIN, FORMS
+
+__all__ = ["NARROW", "holds", "narrow", "widen"]
+
+NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+WIDE = ir.DataType.FLOAT
+
+UNTYPED = {"Cast", "CastLike", "Constant", "If", "Loop", "Scan"}
+"""Operators that do not compute in the type of their inputs, or hold others that do."""
+
+
+def holds(model: ir.Model, dtype: ir.DataType) -> bool:
+    """Whether any value of the model has the type."""
+    graph = model.graph
+    values = (*graph.inputs, *graph.initializers.values(), *_made(graph))
+    return any(value.dtype is dtype for value in values)
+
+
+def narrow(model: ir.Model, dtype: ir.DataType, wide: Collection[ir.Node] = ()) -> None:
+    """Let the model compute in `dtype`, in place; its inputs and outputs keep their types.
+
+    wide: nodes that go on computing in float32, together: nothing is rounded between them. So do
+    operators that ONNX does not define for `dtype`. The alpha and shift of DyT stay float32.
+    """
+    wide = {*wide, *(node for node in model.graph.all_nodes() if not _takes(node, model, dtype))}
+    kept = set(_read_in_float32(model, wide))
+    _surface(model.graph, dtype)
+    for graph in _graphs(model):
+        for value in graph.initializers.values():
+            if value.dtype is WIDE and value not in kept and value.const_value is not None:
+                value.const_value = _cast_tensor(value.const_value, dtype)
+                value.dtype = dtype
+        for node in graph:
+            if _is_border(node) or any(value in kept for value in node.outputs):
+                continue
+            _retype(node, dtype)
+            for value in node.outputs:
+                if value.dtype is WIDE:
+                    value.dtype = dtype
+    widen(model, dtype, wide, rounded=False)
+
+
+def widen(
+    model: ir.Model,
+    dtype: ir.DataType,
+    nodes: Collection[ir.Node] | None = None,
+    *,
+    rounded: bool = True,
+) -> None:
+    """Let nodes (by default all) compute in float32 what they are given in `dtype`, in place.
+
+    rounded: each result is rounded to `dtype`, as if the node had computed in it with a float32
+    accumulator; else only what leaves the set of nodes is.
+    """
+    chosen = None if nodes is None else set(nodes)
+    names = _Names(model)
+    for graph in _graphs(model):
+        wide_of: dict[ir.Value, ir.Value] = {}
+        for node in list(graph):
+            within = chosen is None or node in chosen
+            if not within or node.op_type in UNTYPED or node.domain == DOMAIN:
+                continue
+            for place, value in enumerate(node.inputs):
+                if value is None or value.dtype is not dtype:
+                    continue
+                if value not in wide_of:
+                    wide_of[value] = _widened(graph, node, value, names)
+                node.replace_input_with(place, wide_of[value])
+            for value in node.outputs:
+                if value.dtype is dtype:
+                    result = _narrowed(graph, node, value, dtype, names)
+                    if not rounded:
+                        wide_of[result] = value
+
+
+class _Names:
+    """Names that no value of a model has yet."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._taken = {
+            value.name
+            for graph in _graphs(model)
+            for value in (*graph.inputs, *graph.initializers.values(), *_made(graph))
+        }
+
+    def free(self, wish: str) -> str:
+        """`wish`, or `wish` with a number behind it."""
+        name, number = wish, 1
+        while name in self._taken:
+            number += 1
+            name = f"{wish}_{number}"
+        self._taken.add(name)
+        return name
+
+
+def _narrowed(
+    graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType, names: _Names
+) -> ir.Value:
+    """Let the readers of a node's output read it rounded; the output itself becomes float32."""
+    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype.value)], num_outputs=1)
+    result = cast.outputs[0]
+    name = value.name
+    value.replace_all_uses_with(result, replace_graph_outputs=True)
+    cast.replace_input_with(0, value)
+    value.name, result.name = names.free(f"{name}_wide"), name
+    value.dtype, result.dtype, result.shape = WIDE, dtype, value.shape
+    graph.insert_after(node, cast)
+    return result
+
+
+def _widened(graph: ir.Graph, before: ir.Node, value: ir.Value, names: _Names) -> ir.Value:
+    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", WIDE.value)], num_outputs=1)
+    result = cast.outputs[0]
+    result.name = names.free(f"{value.name}_float")
+    result.dtype, result.shape = WIDE, value.shape
+    graph.insert_before(before, cast)
+    return result
+
+
+BORDER = "dyt_compile.border"
+
+
+def _surface(graph: ir.Graph, dtype: ir.DataType) -> None:
+    """Casts behind float32 inputs and before float32 outputs, so that the surface stays."""
+    first = graph[0] if len(graph) else None
+    for value in graph.inputs:
+        if value.dtype is WIDE and first is not None and value not in graph.initializers.values():
+            readers = list(value.uses())
+            cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype.value)], num_outputs=1)
+            result = cast.outputs[0]
+            result.name, result.shape, result.dtype = f"{value.name}_inner", value.shape, dtype
+            cast.meta[BORDER] = True
+            graph.insert_before(first, cast)
+            for reader, place in readers:
+                reader.replace_input_with(place, result)
+    for place, value in enumerate(graph.outputs):
+        producer = value.producer()
+        if value.dtype is WIDE and producer is not None:
+            name, shape = value.name, value.shape
+            cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", WIDE.value)], num_outputs=1)
+            cast.meta[BORDER] = True
+            graph.append(cast)
+            value.name = f"{name}_inner"
+            graph.outputs[place] = cast.outputs[0]
+            result = cast.outputs[0]
+            result.name, result.shape, result.dtype = name, shape, WIDE
+
+
+def _is_border(node: ir.Node) -> bool:
+    return bool(node.meta.get(BORDER, False))
+
+
+def _takes(node: ir.Node, model: ir.Model, dtype: ir.DataType) -> bool:
+    """Whether ONNX defines the operator for inputs of `dtype` wherever it has float32 now."""
+    if not onnx.defs.has(node.op_type, node.domain):
+        return True  # functions, and operators of a runtime's own
+    opset = model.opset_imports.get(node.domain, 1)
+    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    wanted = f"tensor({dtype.name.lower()})"
+    for place, value in enumerate(node.inputs):
+        if value is not None and value.dtype is WIDE:
+            # The last parameter of a variadic operator stands for all that follow.
+            parameter = schema.inputs[min(place, len(schema.inputs) - 1)]
+            if wanted not in parameter.types:
+                return False
+    return True
+
+
+def _read_in_float32(model: ir.Model, wide: Collection[ir.Node]) -> Iterator[ir.Value]:
+    """Constants that only wide nodes read, and the alpha and shift of DyT."""
+    for graph in _graphs(model):
+        constants = [v for node in graph if node.op_type == "Constant" for v in node.outputs]
+        for value in (*graph.initializers.values(), *constants):
+            if value.uses() and all(
+                node in wide or (node.domain == DOMAIN and _is_scale(node, place))
+                for node, place in value.uses()
+            ):
+                yield value
+
+
+def _is_scale(node: ir.Node, place: int) -> bool:
+    form = FORMS.get(node.op_type)
+    return form is not None and place > 0 and form.parameters[place - 1] in ("alpha", "shift")
+
+
+def _retype(node: ir.Node, dtype: ir.DataType) -> None:
+    """Attributes that name or hold float32 name or hold the narrow type."""
+    for name, attribute in list(node.attributes.items()):
+        if attribute.type is ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            if tensor.dtype is WIDE:
+                node.attributes[name] = ir.AttrTensor(name, _cast_tensor(tensor, dtype))
+        elif name in ("value_float", "value_floats") and node.op_type == "Constant":
+            array = np.array(attribute.value, np.float32)
+            del node.attributes[name]
+            node.attributes["value"] = ir.AttrTensor("value", _cast_tensor(ir.tensor(array), dtype))
+        elif (
+            name in ("to", "dtype")
+            and attribute.type is ir.AttributeType.INT
+            and attribute.as_int() == WIDE.value
+        ):
+            node.attributes[name] = ir.AttrInt64(name, dtype.value)
+
+
+def _cast_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
+    """The tensor in the narrow type; finite values beyond fp16's range become its largest."""
+    array = tensor.numpy()
+    if dtype is ir.DataType.FLOAT16:
+        limit = np.finfo(np.float16).max
+        array = np.where(np.isfinite(array), np.clip(array, -limit, limit), array)
+    return ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=tensor.name)
+
+
+def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    yield model.graph
+    yield from model.graph.subgraphs()
+
+
+def _made(graph: ir.Graph) -> Iterator[ir.Value]:
+    return (output for node in graph for output in node.outputs)

@@ -1,0 +1,177 @@
+"""How operators of ONNX are said in the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from ..dyt import DOMAIN, FORMS
+from ..terms import Alias, Op, Said
+
+__all__ = ["say", "scalar"]
+
+
+Saying = Callable[[ir.Node], "Said | Alias | None"]
+
+
+def say(node: ir.Node) -> Said | Alias | None:
+    """The node's first output in the vocabulary, None where it has no place there."""
+    if node.domain == DOMAIN and node.op_type in FORMS:
+        return Said(Op.DYT, tuple(node.inputs), {"form": FORMS[node.op_type]})
+    saying = _SAYINGS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    return None if saying is None else saying(node)
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number that a constant of one element holds, None for everything else."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.size != 1 or tensor.dtype is ir.DataType.STRING:
+        return None
+    return float(tensor.numpy().reshape(()))
+
+
+def integers(node: ir.Node, name: str, place: int) -> tuple[int, ...] | None:
+    """Axes from an attribute (older opsets) or from a constant input; None where unknown."""
+    if name in node.attributes:
+        attribute = node.attributes[name]
+        if attribute.type is ir.AttributeType.INT:
+            return (attribute.as_int(),)
+        return tuple(attribute.as_ints())
+    value = node.inputs[place] if len(node.inputs) > place else None
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tuple(int(axis) for axis in tensor.numpy().ravel())
+
+
+def _first(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    if value is None:
+        raise ValueError(f"node {node.name!r} has no first input")
+    return value
+
+
+def _same(op: Op) -> Saying:
+    return lambda node: Said(op, tuple(node.inputs))
+
+
+def _alias(node: ir.Node) -> Alias:
+    return Alias(_first(node))
+
+
+def _dropout(node: ir.Node) -> Alias | None:
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    return Alias(_first(node)) if training is None or scalar(training) == 0 else None
+
+
+def _cast(node: ir.Node) -> Said | Alias:
+    source = _first(node)
+    wanted = node.attributes["to"].as_int()
+    if source.dtype is not None and source.dtype.value == wanted:
+        return Alias(source)
+    return Said(Op.CAST, (source,))
+
+
+def _power(node: ir.Node) -> Said:
+    exponent = scalar(node.inputs[1])
+    direct = {2.0: Op.SQUARE, 0.5: Op.SQRT, -0.5: Op.RSQRT}.get(exponent or 0.0)
+    if direct is not None:
+        return Said(direct, (_first(node),))
+    return Said(Op.POW, (_first(node), node.inputs[1] if exponent is None else exponent))
+
+
+def _reduction(op: Op) -> Saying:
+    def saying(node: ir.Node) -> Said | None:
+        axes = integers(node, "axes", 1)
+        if not axes:
+            return None
+        keep = node.attributes.get_int("keepdims", 1)
+        return Said(op, (_first(node),), {"axes": axes, "keepdims": bool(keep)})
+
+    return saying
+
+
+def _axes(op: Op) -> Saying:
+    def saying(node: ir.Node) -> Said | None:
+        axes = integers(node, "axes", 1)
+        return Said(op, (_first(node),), {"axes": axes}) if axes else None
+
+    return saying
+
+
+def _clip(node: ir.Node) -> Said | None:
+    lowest = scalar(node.inputs[1]) if len(node.inputs) > 1 else None
+    if lowest is None or (len(node.inputs) > 2 and node.inputs[2] is not None):
+        return None
+    return Said(Op.MAXIMUM, (_first(node), lowest))
+
+
+def _maximum(node: ir.Node) -> Said | None:
+    return Said(Op.MAXIMUM, tuple(node.inputs)) if len(node.inputs) == 2 else None
+
+
+def _layer_norm(node: ir.Node) -> Said | None:
+    axes = _trailing(node)
+    if axes is None:
+        return None
+    eps = node.attributes.get_float("epsilon", 1e-5)
+    return Said(Op.LAYER_NORM, tuple(node.inputs), {"axes": axes, "eps": _decimal(eps)})
+
+
+def _rms_norm(node: ir.Node) -> Said | None:
+    axes = _trailing(node)
+    if axes is None:
+        return None
+    eps = node.attributes.get_float("epsilon", 1e-5)
+    return Said(Op.RMS_NORM, tuple(node.inputs[:2]), {"axes": axes, "eps": _decimal(eps)})
+
+
+def _trailing(node: ir.Node) -> tuple[int, ...] | None:
+    """The axes from `axis` on, counted from the end."""
+    axis = node.attributes.get_int("axis", -1)
+    if axis >= 0:
+        shape = _first(node).shape
+        if shape is None:
+            return None
+        axis -= len(shape)
+    return tuple(range(axis, 0))
+
+
+def _decimal(eps: float) -> float:
+    """1e-06 for 9.99999997e-07: attributes are stored in float32."""
+    return float(f"{eps:.6g}")
+
+
+def _refused(op: Op) -> Saying:
+    return lambda node: Said(op, (_first(node),))
+
+
+_SAYINGS: dict[str, Saying] = {
+    "Add": _same(Op.ADD),
+    "Sub": _same(Op.SUB),
+    "Mul": _same(Op.MUL),
+    "Div": _same(Op.DIV),
+    "Neg": _same(Op.NEG),
+    "Abs": _same(Op.ABS),
+    "Sqrt": _same(Op.SQRT),
+    "Reciprocal": _same(Op.RECIPROCAL),
+    "Tanh": _same(Op.TANH),
+    "Erf": _same(Op.ERF),
+    "Pow": _power,
+    "ReduceMean": _reduction(Op.MEAN),
+    "ReduceSum": _reduction(Op.SUM),
+    "ReduceL2": _reduction(Op.LENGTH),
+    "Clip": _clip,
+    "Max": _maximum,
+    "Cast": _cast,
+    "Identity": _alias,
+    "Dropout": _dropout,
+    "Expand": lambda node: Said(Op.EXPAND, (_first(node),)),
+    "Unsqueeze": _axes(Op.UNSQUEEZE),
+    "Squeeze": _axes(Op.SQUEEZE),
+    "LayerNormalization": _layer_norm,
+    "RMSNormalization": _rms_norm,
+    "SimplifiedLayerNormalization": _rms_norm,
+    "BatchNormalization": _refused(Op.BATCH_NORM),
+    "GroupNormalization": _refused(Op.GROUP_NORM),
+    "InstanceNormalization": _refused(Op.INSTANCE_NORM),
+}

@@ -1,0 +1,202 @@
+"""Calibrate: walk the sites in execution order; at each observe, fit, apply, go on.
+
+Original and converted model run side by side, one part between two sites at a time, so that every
+site is fitted on the inputs that the converted model will give it, towards what the original's
+norm puts out for the same samples. What waits between the parts lies on a shelf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..calibration import Calibration, SiteFit, SiteSketch
+from ..data import Part, attention_mask
+from ..dyt import DytParameters, evaluate
+from ..fits import Fit, RowSample, fit_diagonal
+from ..graphs.base import Graph
+from ..graphs.cuts import Stage, stages
+from ..progress import track
+from ..shelf import Kept, Shelf
+from ..sites import Match, NormKind, NormSite
+from ..terms import Value
+
+__all__ = ["calibrate", "fingerprint"]
+
+Array = npt.NDArray[np.float32]
+Lane = list[dict[Value, Kept]]
+"""The values of one model that live between two stages, by batch."""
+
+
+def calibrate(
+    graph: Graph, match: Match, samples: Part, *, convert: Collection[str], seed: int
+) -> Calibration:
+    """Fits of every lossy site, the sites named in `convert` applied as the walk goes.
+
+    With `convert` empty, every site is fitted on the original's own activations. A site that
+    cannot be fitted keeps its norm, and its fit says why. Deterministic for a seed and an order
+    of the samples, whatever their batches. Memory does not grow with the samples.
+    """
+    sites = [site for site in match.sites if not site.kind.lossless]
+    fits: dict[str, SiteFit] = {}
+    with Shelf(graph) as shelf:
+        walk = _Walk(graph, shelf, samples)
+        for stage, following, site in zip(
+            *_paired(stages(graph, sites)), track(sites, "calibrating", len(sites)), strict=True
+        ):
+            walk.advance(stage)
+            fits[site.name] = walk.fit(site, seed)
+            applied = fits[site.name].parameters if site.name in convert else None
+            walk.apply(site, applied, following)
+    done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
+    return Calibration(MappingProxyType(fits), fingerprint(graph, match), done)
+
+
+def fingerprint(graph: Graph, match: Match) -> tuple[SiteSketch, ...]:
+    """What the model is known by: its sites in order, with a sketch of their affine parts."""
+    return tuple(
+        SiteSketch(
+            site.kind.value,
+            site.channels,
+            site.axes,
+            site.eps,
+            _sketch(graph, site.gamma),
+            _sketch(graph, site.beta),
+        )
+        for site in match.sites
+    )
+
+
+def _paired(staged: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+    return staged[:-1], staged[1:]
+
+
+class _Walk:
+    """The two models on their way from site to site."""
+
+    def __init__(self, graph: Graph, shelf: Shelf, samples: Part) -> None:
+        self._graph = graph
+        self._shelf = shelf
+        self._masks: list[npt.NDArray[np.bool_] | None] = []
+        self._original: Lane = []
+        for batch in samples:
+            self._masks.append(attention_mask(batch, graph))
+            self._original.append(
+                {value: shelf.keep(batch[name], value) for name, value in graph.inputs.items()}
+            )
+        self._converted = self._original  # one lane, until the first site is converted
+
+    def advance(self, stage: Stage) -> None:
+        """Run both models through a stage."""
+        run = self._graph.segment(stage.start, stage.made)
+        for lane in self._lanes():
+            for values in lane:
+                results = run([values[value].load() for value in stage.start])
+                for value, result in zip(stage.made, results, strict=True):
+                    values[value] = self._shelf.keep(result, value)
+
+    def fit(self, site: NormSite, seed: int) -> SiteFit:
+        """Observe the site's input in the converted and its output in the original model."""
+        sample, norm = RowSample(seed), self._graph.segment([site.input], [site.output])
+        for original, converted, mask in zip(
+            self._original, self._converted, self._masks, strict=True
+        ):
+            (y,) = norm([original[site.input].load()])
+            original[site.output] = self._shelf.keep(y, site.output)
+            x = self._graph.to_array(converted[site.input].load())
+            layout = _Layout(site, x.shape)
+            counted = layout.counted(mask)
+            sample.add(layout.rows(x)[counted], layout.rows(self._graph.to_array(y))[counted])
+        x_rows, y_rows = sample.rows()
+        fit = fit_diagonal(x_rows, y_rows)
+        median, peak = _sigma(x_rows, centred=site.kind is NormKind.LAYER_NORM)
+        if isinstance(fit, Fit):
+            shaped = _shaped(fit.parameters, site)
+            return SiteFit(shaped, fit.error, None, median, peak)
+        return SiteFit(None, None, fit, median, peak)
+
+    def apply(self, site: NormSite, parameters: DytParameters | None, following: Stage) -> None:
+        """Put the site's output into the converted model, and drop what is used no more."""
+        if parameters is not None and self._converted is self._original:
+            self._converted = [dict(values) for values in self._original]
+        if self._converted is not self._original:
+            norm = self._graph.segment([site.input], [site.output])
+            for values in self._converted:
+                x = values[site.input].load()
+                y = norm([x])[0] if parameters is None else self._evaluate(site, parameters, x)
+                values[site.output] = self._shelf.keep(y, site.output)
+        for lane in self._lanes():
+            lane[:] = [{value: values[value] for value in following.start} for values in lane]
+
+    def _lanes(self) -> list[Lane]:
+        same = self._converted is self._original
+        return [self._original] if same else [self._original, self._converted]
+
+    def _evaluate(self, site: NormSite, parameters: DytParameters, x: Any) -> Any:
+        array = self._graph.to_array(x).astype(np.float32)
+        return self._graph.from_array(evaluate(parameters, array), site.output)
+
+
+class _Layout:
+    """How a site's tensor is read as rows of channels.
+
+    Channels are the axes over which gamma varies: the normalized one, or that and others (a gamma
+    of its own for each head).
+    """
+
+    def __init__(self, site: NormSite, shape: tuple[int, ...]) -> None:
+        self._axes = [
+            axis % len(shape)
+            for axis, size in zip(range(-len(site.parameter_shape), 0), site.parameter_shape,
+                                  strict=True)
+            if size != 1 or axis in site.axes
+        ]  # fmt: skip
+        self._shape = shape
+
+    def rows(self, array: npt.NDArray[Any]) -> Array:
+        """Float32 [rows, channels]."""
+        count = len(self._axes)
+        moved = np.moveaxis(array, self._axes, range(-count, 0))
+        channels = int(np.prod(moved.shape[-count:]))
+        return np.ascontiguousarray(moved.reshape(-1, channels), dtype=np.float32)
+
+    def counted(self, mask: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.bool_] | slice:
+        """The rows that a mask of [samples, positions] lets count; all where it fits none."""
+        rows = int(np.prod([n for place, n in enumerate(self._shape) if place not in self._axes]))
+        leading = self._shape[: 2 if mask is None else mask.ndim]
+        if mask is None or rows != mask.size or (leading != mask.shape and len(self._shape) != 2):
+            return slice(None)
+        return mask.reshape(-1)
+
+
+def _shaped(parameters: DytParameters, site: NormSite) -> DytParameters:
+    """gamma and beta in the shape that broadcasts against the site."""
+    gamma, beta = parameters.gamma, parameters.beta
+    return DytParameters(
+        parameters.alpha,
+        None if gamma is None else gamma.reshape(site.parameter_shape),
+        None if beta is None else beta.reshape(site.parameter_shape),
+        squash=parameters.squash,
+    )
+
+
+def _sigma(rows: Array, *, centred: bool) -> tuple[float | None, float | None]:
+    """Median, and largest over median, of what the norm divides its rows by (eps left out)."""
+    if not len(rows):
+        return None, None
+    wide = rows.astype(np.float64)
+    sigma = wide.std(axis=1) if centred else np.sqrt((wide * wide).mean(axis=1))
+    median = float(np.median(sigma))
+    return median, float(sigma.max()) / median if median else None
+
+
+def _sketch(graph: Graph, value: Value | None) -> tuple[float, float] | None:
+    array = None if value is None else graph.constant(value)
+    if array is None:
+        return None
+    wide = array.astype(np.float64)
+    return float(wide.mean()), float(np.sqrt((wide * wide).mean()))

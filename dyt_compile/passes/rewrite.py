@@ -1,0 +1,58 @@
+"""Rewrite: a new graph with DyT in place of the chosen sites; the old one stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from ..calibration import Calibration
+from ..dyt import DytParameters
+from ..errors import RewriteError
+from ..graphs.base import Graph
+from ..sites import Match, NormKind, NormSite
+from ..terms import Value
+
+__all__ = ["rewrite"]
+
+
+def rewrite(
+    graph: Graph, match: Match, calibration: Calibration | None, convert: Collection[str]
+) -> Graph:
+    """The graph with `convert` replaced by their fits, and DyT that it already holds as one node.
+
+    Raises RewriteError where a site to convert has no fit, or a DyT's weights are not loaded.
+    """
+    replacements = []
+    for site in match.sites:
+        if site.kind.lossless:
+            replacements.append((site, _held(graph, site)))
+        elif site.name in convert:
+            fit = None if calibration is None else calibration.fits.get(site.name)
+            if fit is None or fit.parameters is None:
+                reason = "it was not calibrated" if fit is None else fit.reason
+                raise RewriteError(f"site {site.name!r} has no fit: {reason}")
+            replacements.append((site, fit.parameters))
+    return graph.replace(replacements)
+
+
+def _held(graph: Graph, site: NormSite) -> DytParameters:
+    """The values of a DyT that the model already holds."""
+    return DytParameters(
+        alpha=_vector(graph, site, site.alpha),
+        gamma=None if site.gamma is None else _constant(graph, site, site.gamma),
+        beta=None if site.beta is None else _constant(graph, site, site.beta),
+        shift=None if site.shift is None else _vector(graph, site, site.shift),
+        squash="tanh" if site.kind is NormKind.DYT else "erf",
+    )
+
+
+def _vector(graph: Graph, site: NormSite, value: Value | None) -> np.ndarray:
+    return np.atleast_1d(_constant(graph, site, value))
+
+
+def _constant(graph: Graph, site: NormSite, value: Value | None) -> np.ndarray:
+    array = None if value is None else graph.constant(value)
+    if array is None:
+        raise RewriteError(f"site {site.name!r}: its weights are not loaded (meta tensors)")
+    return array.astype(np.float32)

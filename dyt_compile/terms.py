@@ -1,0 +1,266 @@
+"""The vocabulary in which every graph shows itself to the matcher, and its meaning in NumPy.
+
+A graph of torch or of ONNX gives each of its nodes as a `Term` of one small set of operators.
+Casts that change nothing, dropout in evaluation and other identities do not appear: their result
+is the same `Value` as their operand. What has no place in the vocabulary is `Op.OPAQUE`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Alias", "Op", "Said", "Term", "Value", "has_meaning", "interpret"]
+
+Array = npt.NDArray[np.float64]
+
+
+class Op(enum.Enum):
+    """An operator of the vocabulary; the comment gives the attributes that its terms carry."""
+
+    ADD = enum.auto()
+    SUB = enum.auto()
+    MUL = enum.auto()
+    DIV = enum.auto()
+    NEG = enum.auto()
+    ABS = enum.auto()
+    MAXIMUM = enum.auto()
+    SQUARE = enum.auto()
+    POW = enum.auto()
+    SQRT = enum.auto()
+    RSQRT = enum.auto()
+    RECIPROCAL = enum.auto()
+    TANH = enum.auto()
+    ERF = enum.auto()
+    MEAN = enum.auto()  # axes, keepdims
+    SUM = enum.auto()  # axes, keepdims
+    VARIANCE = enum.auto()  # axes, keepdims, correction
+    LENGTH = enum.auto()  # the Euclidean norm; axes, keepdims
+    CAST = enum.auto()
+    EXPAND = enum.auto()
+    UNSQUEEZE = enum.auto()  # axes
+    SQUEEZE = enum.auto()  # axes
+    LAYER_NORM = enum.auto()  # inputs x, gamma or None, beta or None; axes, eps
+    RMS_NORM = enum.auto()  # inputs x, gamma or None; axes, eps
+    DYT = enum.auto()  # inputs x and those of the form; form
+    BATCH_NORM = enum.auto()
+    GROUP_NORM = enum.auto()
+    INSTANCE_NORM = enum.auto()
+    OPAQUE = enum.auto()
+
+
+class Value:
+    """One tensor of a graph.
+
+    shape: None when unknown; an entry is None where the axis is dynamic.
+    dtype: NumPy's name of the dtype ("float32", "bfloat16"), None when unknown.
+    constant: computed from parameters and literals alone; parameter: a learned tensor itself.
+    scalar: the value of a constant of one element, where it is known without loading weights.
+    native: the object that the graph knows it by.
+    """
+
+    __slots__ = (
+        "constant",
+        "consumers",
+        "dtype",
+        "name",
+        "native",
+        "parameter",
+        "producer",
+        "scalar",
+        "shape",
+    )
+
+    def __init__(
+        self,
+        native: Any,
+        name: str,
+        shape: tuple[int | None, ...] | None,
+        dtype: str | None,
+        *,
+        constant: bool = False,
+        parameter: bool = False,
+        scalar: float | None = None,
+    ) -> None:
+        self.native = native
+        self.name = name
+        self.shape = shape
+        self.dtype = dtype
+        self.constant = constant
+        self.parameter = parameter
+        self.scalar = scalar
+        self.producer: Term | None = None
+        self.consumers: list[Term] = []
+
+    def __repr__(self) -> str:
+        return f"Value({self.name!r}, shape={self.shape}, dtype={self.dtype})"
+
+
+class Term:
+    """One node of a graph in the vocabulary, with exactly one output.
+
+    inputs: values, Python floats for literals, or None for an absent optional operand.
+    index: its place in execution order; scope: the path of the module that it belongs to;
+    label: the operator's name in its own world.
+    """
+
+    __slots__ = ("attributes", "index", "inputs", "label", "op", "output", "scope")
+
+    def __init__(
+        self,
+        op: Op,
+        inputs: Sequence[Value | float | None],
+        output: Value,
+        attributes: Mapping[str, Any],
+        *,
+        index: int,
+        scope: str,
+        label: str,
+    ) -> None:
+        self.op = op
+        self.inputs = tuple(inputs)
+        self.output = output
+        self.attributes = attributes
+        self.index = index
+        self.scope = scope
+        self.label = label
+        output.producer = self
+        for value in self.operands:
+            value.consumers.append(self)
+        if op is not Op.OPAQUE or self.operands:
+            output.constant = all(value.constant for value in self.operands)
+
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """The inputs that are values."""
+        return tuple(value for value in self.inputs if isinstance(value, Value))
+
+    def __repr__(self) -> str:
+        return f"Term({self.op.name}, {self.inputs} -> {self.output.name})"
+
+
+@dataclass(frozen=True)
+class Said:
+    """A node said in the vocabulary, before its operands are known as values.
+
+    operands: the world's own nodes or values, Python numbers for literals, None for absent ones.
+    """
+
+    op: Op
+    operands: tuple[Any, ...]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A node whose value is its operand's value."""
+
+    operand: Any
+
+
+def interpret(term: Term, inputs: Sequence[Array | float | None]) -> Array:
+    """The float64 value of `term` for the values of its inputs, in the order of `term.inputs`.
+
+    Raises KeyError for an operator without a meaning here (normalizations over batches, OPAQUE).
+    """
+    return _MEANING[term.op](term.attributes, *inputs)
+
+
+def has_meaning(op: Op) -> bool:
+    """Whether `interpret` knows the operator."""
+    return op in _MEANING
+
+
+Meaning = Callable[..., Array]
+
+
+def _plain(function: Callable[..., Array]) -> Meaning:
+    return lambda attributes, *inputs: function(*inputs)
+
+
+def _reduction(function: Callable[..., Array]) -> Meaning:
+    def meaning(attributes: Mapping[str, Any], x: Array) -> Array:
+        return function(x, axis=attributes["axes"], keepdims=attributes["keepdims"])
+
+    return meaning
+
+
+def _variance(attributes: Mapping[str, Any], x: Array) -> Array:
+    correction = attributes["correction"]
+    return np.asarray(
+        np.var(x, axis=attributes["axes"], keepdims=attributes["keepdims"], ddof=correction)
+    )
+
+
+def _length(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
+    return np.asarray(np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims)))
+
+
+def _layer_norm(
+    attributes: Mapping[str, Any], x: Array, gamma: Array | None = None, beta: Array | None = None
+) -> Array:
+    axes = attributes["axes"]
+    centred = x - x.mean(axis=axes, keepdims=True)
+    return _affine(_over_rms(centred, axes, attributes["eps"]), gamma, beta)
+
+
+def _rms_norm(attributes: Mapping[str, Any], x: Array, gamma: Array | None = None) -> Array:
+    return _affine(_over_rms(x, attributes["axes"], attributes["eps"]), gamma, None)
+
+
+def _over_rms(x: Array, axes: tuple[int, ...], eps: float) -> Array:
+    return np.asarray(x / np.sqrt((x * x).mean(axis=axes, keepdims=True) + eps))
+
+
+def _affine(y: Array, gamma: Array | None, beta: Array | None) -> Array:
+    if gamma is not None:
+        y = y * gamma
+    return y if beta is None else y + beta
+
+
+def _dyt(attributes: Mapping[str, Any], x: Array, *parameters: Array) -> Array:
+    from . import dyt
+
+    form: dyt.Form = attributes["form"]
+    named = dict(zip(form.parameters, parameters, strict=True))
+    return dyt.evaluate(dyt.DytParameters(squash=form.squash, **named), x)
+
+
+def _erf(x: Array) -> Array:
+    from . import dyt
+
+    return dyt.evaluate(dyt.DytParameters(np.ones(1), squash="erf"), x)
+
+
+_MEANING: dict[Op, Meaning] = {
+    Op.ADD: _plain(np.add),
+    Op.SUB: _plain(np.subtract),
+    Op.MUL: _plain(np.multiply),
+    Op.DIV: _plain(np.divide),
+    Op.NEG: _plain(np.negative),
+    Op.ABS: _plain(np.abs),
+    Op.MAXIMUM: _plain(np.maximum),
+    Op.SQUARE: _plain(np.square),
+    Op.POW: _plain(np.power),
+    Op.SQRT: _plain(np.sqrt),
+    Op.RSQRT: _plain(lambda x: 1.0 / np.sqrt(x)),
+    Op.RECIPROCAL: _plain(lambda x: 1.0 / x),
+    Op.TANH: _plain(np.tanh),
+    Op.ERF: _plain(_erf),
+    Op.MEAN: _reduction(np.mean),
+    Op.SUM: _reduction(np.sum),
+    Op.LENGTH: _reduction(_length),
+    Op.VARIANCE: _variance,
+    Op.CAST: _plain(lambda x: x),
+    Op.EXPAND: _plain(lambda x: x),  # NumPy broadcasts where the graph expands
+    Op.UNSQUEEZE: lambda attributes, x: np.expand_dims(x, attributes["axes"]),
+    Op.SQUEEZE: lambda attributes, x: np.squeeze(x, attributes["axes"]),
+    Op.LAYER_NORM: _layer_norm,
+    Op.RMS_NORM: _rms_norm,
+    Op.DYT: _dyt,
+}

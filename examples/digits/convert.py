@@ -1,0 +1,84 @@
+"""Converts the digits ViT, and shows what that costs in accuracy.
+
+Writes model.onnx, report.json and figures.json into the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from model import calibration, images, load
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import dyt_compile
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", choices=["budget", "all"], default="budget")
+    parser.add_argument("--max-error", type=float, default=0.05)
+    parser.add_argument("--output-folder", type=Path, default=Path("build/digits"))
+    return parser.parse_args()
+
+
+def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
+    with torch.inference_mode():
+        predictions: Tensor = model(pixels).argmax(dim=1)
+    return (predictions == labels).float().mean().item()
+
+
+def sites_table(report: dyt_compile.Report) -> Table:
+    table = Table("site", "now", "fit error")
+    for site in report.sites:
+        fit_error = "" if site.fit_error is None else f"{site.fit_error:.3f}"
+        table.add_row(site.name, "DyT" if site.converted else "norm", fit_error)
+    return table
+
+
+def main() -> None:
+    options = arguments()
+    folder: Path = options.output_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    _, _, pixels, labels = images()
+    model, _ = load()
+
+    started = time.perf_counter()
+    result = dyt_compile.convert(
+        model, list(calibration()), mode=options.mode, budget=options.max_error, metric="relative"
+    )
+    dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
+    seconds = time.perf_counter() - started
+
+    report = result.report
+    report.save(folder / "report.json")
+    figures = {
+        "accuracy_before": accuracy(model, pixels, labels),
+        "accuracy_after": accuracy(result.model, pixels, labels),
+        "error": report.error,
+        "budget": report.budget,
+        "sites": len(report.sites),
+        "converted": sum(site.converted for site in report.sites),
+        "seconds": seconds,
+    }
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+    console = Console()
+    console.print(sites_table(report))
+    console.print(
+        f"accuracy {figures['accuracy_before']:.1%} before, {figures['accuracy_after']:.1%} after; "
+        f"{figures['converted']} of {figures['sites']} norms converted; "
+        f"output error {report.error:.3f} (budget {options.max_error}, mode {options.mode})"
+    )
+    console.print(
+        f"{seconds:.0f} s; wrote {folder}/model.onnx, report.json, figures.json", soft_wrap=True
+    )
+
+
+if __name__ == "__main__":
+    main()

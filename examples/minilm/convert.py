@@ -1,0 +1,129 @@
+"""Converts the sentence encoder, and shows how far its embeddings move.
+
+Writes model.onnx, report.json and figures.json into the output folder. The converted embeddings
+are those of the ONNX file that it wrote, run by ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from model import SentenceEncoder, batches, calibration, load, sentences
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.export import Dim
+
+import dyt_compile
+
+Batch = dict[str, Tensor]
+Encoder = Callable[[Batch], Tensor]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", choices=["budget", "all"], default="budget")
+    parser.add_argument("--max-error", type=float, default=0.05)
+    parser.add_argument("--from-onnx", action="store_true", help="convert an ONNX file instead")
+    parser.add_argument("--output-folder", type=Path, default=Path("build/minilm"))
+    return parser.parse_args()
+
+
+def export_original(model: SentenceEncoder, example: Batch, path: Path) -> None:
+    axes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    torch.onnx.export(
+        model,
+        kwargs=example,
+        f=path,
+        opset_version=20,
+        dynamo=True,
+        dynamic_shapes=dict.fromkeys(example, axes),
+        external_data=False,
+        verbose=False,
+    )
+
+
+def as_numpy(batch: Batch) -> dict[str, np.ndarray]:
+    return {name: values.numpy() for name, values in batch.items()}
+
+
+def onnx_encoder(path: Path) -> Encoder:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda batch: torch.from_numpy(session.run(None, as_numpy(batch))[0])
+
+
+def embeddings(encode: Encoder, held_out: list[Batch]) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([encode(batch) for batch in held_out])
+
+
+def nearest(embedded: Tensor) -> Tensor:
+    """For each embedding, the row of the most similar other one."""
+    return (embedded @ embedded.T).fill_diagonal_(-1).argmax(dim=1)
+
+
+def sites_table(report: dyt_compile.Report) -> Table:
+    table = Table("site", "now", "fit error")
+    for site in report.sites:
+        fit_error = "" if site.fit_error is None else f"{site.fit_error:.3f}"
+        table.add_row(site.name, "DyT" if site.converted else "norm", fit_error)
+    return table
+
+
+def main() -> None:
+    options = arguments()
+    folder: Path = options.output_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    model, _, example = load()
+    convert = partial(
+        dyt_compile.convert, mode=options.mode, budget=options.max_error, metric="relative"
+    )
+
+    started = time.perf_counter()
+    if options.from_onnx:
+        export_original(model, example, folder / "original.onnx")
+        result = convert(folder / "original.onnx", [as_numpy(batch) for batch in calibration()])
+    else:
+        result = convert(model, list(calibration()))
+    dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
+    seconds = time.perf_counter() - started
+
+    held_out = batches(sentences()[1])
+    before = embeddings(lambda batch: model(**batch), held_out)
+    after = embeddings(onnx_encoder(folder / "model.onnx"), held_out)
+    report = result.report
+    report.save(folder / "report.json")
+    figures = {
+        "cosine_similarity": (before * after).sum(dim=1).mean().item(),
+        "nearest_neighbour_agreement": (nearest(before) == nearest(after)).float().mean().item(),
+        "error": report.error,
+        "budget": report.budget,
+        "sites": len(report.sites),
+        "converted": sum(site.converted for site in report.sites),
+        "seconds": seconds,
+    }
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+    console = Console()
+    console.print(sites_table(report))
+    console.print(
+        f"{len(before)} held-out sentences: cosine similarity {figures['cosine_similarity']:.4f}, "
+        f"nearest neighbour agreement {figures['nearest_neighbour_agreement']:.1%}; "
+        f"{figures['converted']} of {figures['sites']} norms converted; "
+        f"output error {report.error:.3f} (budget {options.max_error}, mode {options.mode})"
+    )
+    console.print(
+        f"{seconds:.0f} s; wrote {folder}/model.onnx, report.json, figures.json", soft_wrap=True
+    )
+
+
+if __name__ == "__main__":
+    main()
