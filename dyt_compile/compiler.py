@@ -245,11 +245,15 @@ def _checked(
         raise OptionError(f"budget is {budget!r}; allowed: a number above 0")
     check_metric(metric)
     for pattern in exclude:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise OptionError(f"exclude has {pattern!r}, no regular expression: {error}") from error
+        _check_pattern(pattern)
     return chosen
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise OptionError(f"exclude has {pattern!r}, no regular expression: {error}") from error
 
 
 def _candidates(found: Match, exclude: Sequence[str]) -> list[str]:

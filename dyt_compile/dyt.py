@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ __all__ = ["DOMAIN", "FORMS", "PARAMETERS", "VERSION", "DytParameters", "Form", 
 DOMAIN = "dyt"
 VERSION = 1
 
-Array = npt.NDArray[np.floating]
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

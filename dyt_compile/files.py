@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,5 +32,5 @@ def replaced(target: Path) -> Iterator[Path]:
         yield temporary
         for companion in sorted(Path(name).iterdir()):
             if companion != temporary:
-                os.replace(companion, target.parent / companion.name)
-        os.replace(temporary, target)
+                companion.replace(target.parent / companion.name)
+        temporary.replace(target)

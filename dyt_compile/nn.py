@@ -6,6 +6,8 @@ through them, so Inductor fuses them with their neighbours, while an exported gr
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -68,7 +70,7 @@ def operator(form: Form) -> torch._ops.OpOverload:
 
 
 def parameter(
-    value: npt.NDArray[np.floating], name: str, dtype: torch.dtype, device: torch.device
+    value: npt.NDArray[Any], name: str, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Parameter:
     """A trainable copy of one value: alpha and shift in float32, gamma and beta in `dtype`."""
     if name in ("alpha", "shift"):

@@ -13,29 +13,27 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .errors import CaptureError, MissingDependencyError, OptionError
-from .graphs.onnx_precision import holds, widen
+from .graphs.onnx_precision import holds, surface, widen
 
 __all__ = ["PROVIDERS", "Session"]
 
 Array = npt.NDArray[Any]
 BFLOAT16 = ir.DataType.BFLOAT16
 
+CPU = "CPUExecutionProvider"
+
 PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-    "tensorrt": [
-        "TensorrtExecutionProvider",
-        "CUDAExecutionProvider",
-        "CPUExecutionProvider",
-    ],
+    "cpu": [CPU],
+    "cuda": ["CUDAExecutionProvider", CPU],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", CPU],
 }
 
 
 class Session:
     """A model that runs. Arrays go in and come out in the order of its inputs and outputs.
 
-    ONNX Runtime has almost no bfloat16 kernels for CPUs. There such nodes run in float32, and
-    their results are rounded to bfloat16.
+    bfloat16 arrays are `ml_dtypes.bfloat16`. ONNX Runtime has almost no bfloat16 kernels for CPUs:
+    there such nodes run in float32, and their results are rounded to bfloat16.
 
     Raises OptionError for an unknown or unavailable provider, CaptureError where ONNX Runtime
     does not take the model, MissingDependencyError without ONNX Runtime.
@@ -50,11 +48,13 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # warnings about its own fusions say nothing to our users
         source: str | bytes = str(model)
-        if isinstance(model, ir.Model) or _lacks_bfloat16(model, wanted):
-            runnable = ir.load(model) if isinstance(model, Path) else model
-            if wanted[0] == "CPUExecutionProvider" and holds(runnable, BFLOAT16):
-                widen(runnable, BFLOAT16)
-            source = ir.serde.serialize_model(runnable).SerializeToString()
+        self._narrow: set[str] = set()
+        loaded = ir.load(model) if isinstance(model, Path) else model
+        changed = holds(loaded, BFLOAT16)
+        if changed:
+            self._widen(loaded, on_cpu=wanted[0] == CPU)
+        if loaded is model or changed:
+            source = ir.serde.serialize_model(loaded).SerializeToString()
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=wanted)
         except Exception as error:
@@ -64,13 +64,26 @@ class Session:
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         """All outputs for all inputs."""
-        feeds = dict(zip(self.inputs, map(_to_native, arrays), strict=True))
-        results = self._session.run_with_ort_values(self.outputs, feeds)
-        return [_to_array(result) for result in results]
+        feeds = {
+            name: array.astype(np.float32) if name in self._narrow else array
+            for name, array in zip(self.inputs, arrays, strict=True)
+        }
+        results = self._session.run(self.outputs, feeds)
+        return [
+            result.astype(ml_dtypes.bfloat16) if name in self._narrow else result
+            for name, result in zip(self.outputs, results, strict=True)
+        ]
 
-
-def _lacks_bfloat16(path: Path, providers: Sequence[str]) -> bool:
-    return providers[0] == "CPUExecutionProvider" and holds(ir.load(path), BFLOAT16)
+    def _widen(self, model: ir.Model, *, on_cpu: bool) -> None:
+        """Float32 where the session cannot take bfloat16: outside always, on CPUs inside too."""
+        self._narrow = {
+            str(value.name)
+            for value in (*model.graph.inputs, *model.graph.outputs)
+            if value.dtype is BFLOAT16
+        }
+        surface(model, BFLOAT16, outside=BFLOAT16)
+        if on_cpu:
+            widen(model, BFLOAT16)
 
 
 def _available(provider: str, available: Sequence[str]) -> list[str]:
@@ -83,22 +96,3 @@ def _available(provider: str, available: Sequence[str]) -> list[str]:
             f"{', '.join(available)}; install it with: pip install 'dyt-compile[gpu]'"
         )
     return [name for name in wanted if name in available]
-
-
-def _to_native(array: Array) -> Any:
-    from onnxruntime import OrtValue
-
-    plain = np.ascontiguousarray(array)
-    if plain.dtype == ml_dtypes.bfloat16:
-        bits = plain.view(np.uint16)
-        return OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BFLOAT16.value)
-    return OrtValue.ortvalue_from_numpy(plain)
-
-
-def _to_array(value: Any) -> Array:
-    if value.element_type() == BFLOAT16.value:
-        import torch  # ONNX Runtime gives bfloat16 to NumPy in no other way
-
-        tensor = torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return np.asarray(value.numpy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,10 +77,11 @@ def export_onnx(
         raise OptionError(f"dtype is {dtype!r}; allowed: {', '.join(TOLERANCES)}")
     if opset is not None and opset not in OPSETS:
         raise OptionError(f"opset is {opset}; allowed: {OPSETS[0]} to {OPSETS[-1]}")
-    if isinstance(result.graph, OnnxGraph):
-        model = _from_onnx(result.graph, opset)
+    graph: Any = result.graph
+    if isinstance(graph, OnnxGraph):
+        model = _from_onnx(graph, opset)
     else:
-        model = _from_torch(result.graph, opset or DEFAULT_OPSET)  # type: ignore[arg-type]
+        model = _from_torch(graph, opset or DEFAULT_OPSET)
     if dtype in NARROW:
         narrow(model, NARROW[dtype], _kept_norms(model))
     with replaced(target) as temporary:
@@ -109,7 +111,9 @@ def _from_torch(graph: FxGraph, opset: int) -> ir.Model:
 
     if any(p.is_meta for p in graph.model.parameters()):
         raise ExportError("the model's weights are not loaded (meta tensors): nothing to export")
-    table = {operator(form): _translation(form) for form in FORMS.values()}
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        operator(form): _translation(form) for form in FORMS.values()
+    }
     try:
         program = torch.onnx.export(
             graph.program(),

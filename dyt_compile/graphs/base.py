@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from ..dyt import DytParameters
@@ -35,9 +34,9 @@ class Graph(Protocol):
     """
 
     name: str
-    terms: Sequence[Term]
-    inputs: Mapping[str, Value]
-    outputs: Mapping[str, Value]
+    terms: list[Term]
+    inputs: dict[str, Value]
+    outputs: dict[str, Value]
 
     def bind(self, batch: Any) -> Batch:
         """The user's batch (tuple of args, or dict of kwargs) by input name; raises DataError."""
@@ -59,7 +58,7 @@ class Graph(Protocol):
         """A native value of the dtype of `like`."""
         ...
 
-    def replace(self, replacements: Mapping[str, tuple[NormSite, DytParameters]]) -> Graph:
+    def replace(self, replacements: Iterable[tuple[NormSite, DytParameters]]) -> Graph:
         """A new graph in which DyT stands at each named site; its terms are matched anew."""
         ...
 
@@ -67,9 +66,3 @@ class Graph(Protocol):
     def model(self) -> Any:
         """The graph as its users know it: an `nn.Module` or an `onnx_ir.Model`."""
         ...
-
-
-def rows(array: Array, axis: int) -> npt.NDArray[np.float32]:
-    """An array as float32 rows of channels, shape [rows, C]: `axis` moves to the end."""
-    moved = np.moveaxis(array, axis, -1)
-    return np.ascontiguousarray(moved.reshape(-1, moved.shape[-1]), dtype=np.float32)

@@ -16,7 +16,7 @@ from ..dyt import DytParameters
 from ..errors import DataError, RewriteError
 from ..nn import operator, parameter
 from ..sites import NormSite
-from ..terms import Alias, Op, Term, Value
+from ..terms import Alias, Op, Said, Term, Value
 from .base import Batch
 from .fx_terms import say, scalar_of
 
@@ -170,18 +170,15 @@ class FxGraph:
         value = self._values[node] = self._value(node)
         if node.op in ("placeholder", "get_attr"):
             return
-        if said is None:
-            op, operands, attributes = Op.OPAQUE, tuple(node.all_input_nodes), {}
-        else:
-            op, operands, attributes = said.op, said.operands, said.attributes
+        meant = said or Said(Op.OPAQUE, tuple(node.all_input_nodes))
         inputs = [
             self._values[x] if isinstance(x, torch.fx.Node) else None if x is None else float(x)
-            for x in operands
+            for x in meant.operands
         ]
-        index = self._order[node]
         term = Term(
-            op, inputs, value, attributes, index=index, scope=_scope(node), label=_label(node)
-        )
+            meant.op, inputs, value, meant.attributes,
+            index=self._order[node], scope=_scope(node), label=_label(node),
+        )  # fmt: skip
         self.terms.append(term)
 
     def _value(self, node: torch.fx.Node) -> Value:
@@ -195,17 +192,20 @@ class FxGraph:
                     scalar=None if learned or tensor.numel() != 1 or tensor.is_meta
                     else float(tensor),
                 )  # fmt: skip
-        shape, dtype = None, None
+        shape: tuple[int | None, ...] | None = None
+        dtype: str | None = None
         seen = node.meta.get("val")
         if isinstance(seen, torch.Tensor):
-            shape = tuple(size if isinstance(size, int) else None for size in seen.shape)
+            sizes: tuple[Any, ...] = tuple(seen.shape)  # symbols where the axis is dynamic
+            shape = tuple(size if isinstance(size, int) else None for size in sizes)
             dtype = _dtype_name(seen.dtype)
         scalar = scalar_of(node) if node.op == "call_function" else None
         constant = node.op == "get_attr" or scalar is not None
         return Value(node, node.name, shape, dtype, constant=constant, scalar=scalar)
 
     def _output_node(self) -> torch.fx.Node:
-        return next(iter(reversed(self._module.graph.nodes)))
+        last: torch.fx.Node = next(iter(reversed(self._module.graph.nodes)))
+        return last
 
     def _name_outputs(self) -> dict[str, Value]:
         results = self._output_node().args[0]

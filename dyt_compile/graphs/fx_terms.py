@@ -165,7 +165,7 @@ def _item(node: torch.fx.Node) -> Said | Alias | None:
     name = target._schema.name.partition("::")[2]
     if name == "_native_batch_norm_legit" and target._overloadname == "no_stats":
         return Said(Op.INSTANCE_NORM, (source.args[0],)) if place == 0 else None
-    saying = _MULTIPLE.get(name, {}).get(place)  # type: ignore[arg-type]
+    saying = _MULTIPLE.get(name, {}).get(place)
     return None if saying is None else saying(_arguments(source, target), node)
 
 
@@ -222,5 +222,5 @@ def scalar_of(node: torch.fx.Node) -> float | None:
     value = node.args[-1]
     shape = node.args[0] if name == "aten::full" else ()
     if isinstance(value, (int, float)) and isinstance(shape, (list, tuple)):
-        return float(value) if math.prod(shape or (1,)) == 1 else None  # type: ignore[arg-type]
+        return float(value) if math.prod(shape or (1,)) == 1 else None
     return None

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
-from ..dyt import DytParameters
+from ..dyt import DOMAIN, DytParameters
 from ..errors import CaptureError, DataError, RewriteError
 from ..runtime import Session
 from ..sites import NormSite
-from ..terms import Alias, Op, Term, Value
+from ..terms import Alias, Op, Said, Term, Value
 from . import onnx_functions
 from .base import Batch
 from .onnx_terms import say, scalar
@@ -153,12 +153,11 @@ class OnnxGraph:
                 self._values[output] = self._values[said.operand]
                 continue
             value = self._values[output] = _seen(output)
-            op, operands, attributes = Op.OPAQUE, tuple(_read_by(node)), {}
-            if place == 0 and said is not None and not isinstance(said, Alias):
-                op, operands, attributes = said.op, said.operands, said.attributes
-            inputs = [self._values[x] if isinstance(x, ir.Value) else x for x in operands]
+            meant = said if place == 0 and isinstance(said, Said) else None
+            meant = meant or Said(Op.OPAQUE, tuple(_read_by(node)))
+            inputs = [self._values[x] if isinstance(x, ir.Value) else x for x in meant.operands]
             term = Term(
-                op, inputs, value, attributes,
+                meant.op, inputs, value, meant.attributes,
                 index=self._order[node], scope=_scope(node), label=node.op_type,
             )  # fmt: skip
             self.terms.append(term)
@@ -214,9 +213,8 @@ class OnnxSegment:
 
 def _prepared(model: ir.Model) -> ir.Model:
     """Functions of other tools inlined, shapes and dtypes inferred, nodes in execution order."""
-    foreign = [f for f in model.functions.values() if f.domain != onnx_functions.DOMAIN]
-    if foreign:
-        ir_passes.InlinePass(lambda function: function.domain != onnx_functions.DOMAIN)(model)
+    if any(function.domain != DOMAIN for function in model.functions.values()):
+        ir_passes.InlinePass(lambda function: function.domain != DOMAIN)(model)
     model.graph.sort()
     ir_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     return model
@@ -244,7 +242,7 @@ def _put(
         cast = ir.Node("", "Cast", node.outputs, [ir.AttrInt64("to", end.dtype.value)])
         nodes.append(cast)
     result = nodes[-1].outputs[0]
-    result.shape, result.dtype = end.shape, end.dtype
+    result.shape, result.type = end.shape, end.type
     producer = end.producer()
     if producer is None:
         raise RewriteError(f"site {site.name!r} has no node that makes its output")
@@ -260,7 +258,7 @@ def _put(
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     name = _free(graph, str(tensor.name))
     value = ir.Value(
-        name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype),
+        name=name, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )  # fmt: skip
     graph.register_initializer(value)
@@ -306,7 +304,7 @@ def _seen(value: ir.Value, *, constant: bool = False) -> Value:
     if value.shape is not None:
         shape = tuple(size if isinstance(size, int) else None for size in value.shape)
     elif constant and value.const_value is not None:
-        shape = tuple(int(size) for size in value.const_value.shape)
+        shape = value.const_value.numpy().shape
     dtype = None if value.dtype is None else value.dtype.numpy().name
     number = scalar(value) if constant else None
     # In ONNX a learned alpha is an initializer like any other constant: the matcher asks for a

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ..dyt import DOMAIN, FORMS
 
-__all__ = ["NARROW", "holds", "narrow", "widen"]
+__all__ = ["NARROW", "holds", "narrow", "surface", "widen"]
 
 NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -35,7 +35,7 @@ def narrow(model: ir.Model, dtype: ir.DataType, wide: Collection[ir.Node] = ()) 
     """
     wide = {*wide, *(node for node in model.graph.all_nodes() if not _takes(node, model, dtype))}
     kept = set(_read_in_float32(model, wide))
-    _surface(model.graph, dtype)
+    surface(model, dtype, outside=WIDE)
     for graph in _graphs(model):
         for value in graph.initializers.values():
             if value.dtype is WIDE and value not in kept and value.const_value is not None:
@@ -131,30 +131,42 @@ def _widened(graph: ir.Graph, before: ir.Node, value: ir.Value, names: _Names) -
 BORDER = "dyt_compile.border"
 
 
-def _surface(graph: ir.Graph, dtype: ir.DataType) -> None:
-    """Casts behind float32 inputs and before float32 outputs, so that the surface stays."""
+def surface(model: ir.Model, dtype: ir.DataType, *, outside: ir.DataType) -> None:
+    """Give inputs and outputs of type `outside` the type float32, cast to `dtype` within."""
+    graph = model.graph
+    names = _Names(model)
     first = graph[0] if len(graph) else None
     for value in graph.inputs:
-        if value.dtype is WIDE and first is not None and value not in graph.initializers.values():
+        if value.dtype is outside and first is not None and not value.is_initializer():
+            value.dtype = WIDE
             readers = list(value.uses())
-            cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype.value)], num_outputs=1)
-            result = cast.outputs[0]
-            result.name, result.shape, result.dtype = f"{value.name}_inner", value.shape, dtype
-            cast.meta[BORDER] = True
-            graph.insert_before(first, cast)
+            result = _border(value, dtype, names.free(f"{value.name}_inner"))
+            graph.insert_before(first, _producer(result))
             for reader, place in readers:
                 reader.replace_input_with(place, result)
     for place, value in enumerate(graph.outputs):
-        producer = value.producer()
-        if value.dtype is WIDE and producer is not None:
-            name, shape = value.name, value.shape
-            cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", WIDE.value)], num_outputs=1)
-            cast.meta[BORDER] = True
-            graph.append(cast)
-            value.name = f"{name}_inner"
-            graph.outputs[place] = cast.outputs[0]
-            result = cast.outputs[0]
-            result.name, result.shape, result.dtype = name, shape, WIDE
+        if value.dtype is outside and value.producer() is not None:
+            name = value.name
+            value.name = names.free(f"{name}_inner")
+            result = _border(value, WIDE, str(name))
+            graph.append(_producer(result))
+            graph.outputs[place] = result
+
+
+def _border(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
+    """The output of a new cast of `value`, not yet in the graph, marked as part of the surface."""
+    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype.value)], num_outputs=1)
+    cast.meta[BORDER] = True
+    result = cast.outputs[0]
+    result.name, result.shape, result.dtype = name, value.shape, dtype
+    return result
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    if node is None:
+        raise ValueError(f"{value.name!r} is made by no node")
+    return node
 
 
 def _is_border(node: ir.Node) -> bool:

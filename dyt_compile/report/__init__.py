@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 from collections.abc import Mapping
@@ -81,8 +82,6 @@ def environment() -> dict[str, str]:
     """Versions of what the figures depend on."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in ("dyt-compile", "torch", "numpy", "onnx", "onnx-ir", "onnxruntime"):
-        try:
+        if importlib.util.find_spec(name.replace("-", "_")) is not None:
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
