@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from .batches import as_arguments
 from .calibration import Calibration
-from .data import Splits, split
+from .data import Splits, split, whole
 from .errors import BudgetError, OptionError
 from .graphs.base import Batch, Graph
 from .metrics import Measurement, check_metric
@@ -25,7 +26,7 @@ from .report import Report, SiteReport, environment
 from .shelf import Shelf
 from .sites import Match, NormSite
 
-__all__ = ["Conversion", "convert", "inspect"]
+__all__ = ["Conversion", "compare", "convert", "inspect"]
 
 MODES = ("exact", "budget", "all")
 
@@ -86,7 +87,8 @@ def convert(
 
     model: as for `inspect`. batches: tuples (positional arguments) or dicts (keyword arguments)
     of tensors or arrays, in an iterable that can be gone through again; they are split 50/25/25
-    into fit, plan and report. example: a tuple or a dict like a batch, by default the first one.
+    into fit, plan and report. example: a tuple or a dict like a batch, or (args, kwargs); by
+    default the first batch.
 
     mode "exact" recognises the DyT and Derf that the model holds and leaves its norms alone;
     "budget" converts as many norms as keep the error at `output` (by default the first
@@ -102,7 +104,14 @@ def convert(
     clock = _Clock()
     with clock("capture"):
         args, kwargs = _example(example, batches)
-        graph = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, provider=provider)
+        graph = capture(
+            model,
+            args,
+            kwargs,
+            batches=() if batches is None else batches,
+            dynamic_shapes=dynamic_shapes,
+            provider=provider,
+        )
         output = chosen_output(graph, output)
     with clock("match"):
         found = match(graph)
@@ -142,6 +151,32 @@ def convert(
     chosen = planned.chosen
     kept = lossy.isolated if chosen is None else chosen.calibration
     return Conversion(rewritten, graph, found, kept, report, _probe(graph, args, kwargs))
+
+
+def compare(
+    a: Any,
+    b: Any,
+    batches: Iterable[Any],
+    *,
+    metric: str = "relative",
+    output: str | None = None,
+    examples: tuple[Any, Any] = (None, None),
+    provider: str = "cpu",
+) -> Measurement:
+    """How far model `b` is from model `a`, over all samples; models and batches as for `convert`.
+
+    Raises CaptureError, DataError or OptionError.
+    """
+    check_metric(metric)
+    graphs = []
+    for model, example in zip((a, b), examples, strict=True):
+        args, kwargs = _example(example, batches)
+        graphs.append(capture(model, args, kwargs, batches=batches, provider=provider))
+    original, other = graphs
+    with Shelf(original) as shelf:
+        samples = whole(original, batches)
+        reference = Reference(original, samples, shelf, output=output, metric=metric)
+        return reference.measure(other)
 
 
 class _Lossy:
@@ -271,16 +306,12 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
 def _example(example: Any, batches: Iterable[Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the example, by default of the first batch."""
     given = example if example is not None else next(iter(batches or ()), None)
-    if given is None:
-        return (), {}
-    if isinstance(given, Mapping):
-        return (), dict(given)
-    return tuple(given), {}
+    return ((), {}) if given is None else as_arguments(given)
 
 
 def _probe(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch | None:
     """The example as a batch; without one, None."""
-    return graph.bind(kwargs or args) if args or kwargs else None
+    return graph.bind((args, kwargs)) if args or kwargs else None
 
 
 def _report(

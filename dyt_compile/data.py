@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .errors import DataError
 from .graphs.base import Batch, Graph
 
-__all__ = ["Part", "Splits", "attention_mask", "load", "split"]
+__all__ = ["Part", "Splits", "attention_mask", "load", "split", "whole"]
 
 SHARES = (0.5, 0.25, 0.25)
 """Of the samples, for fitting, for planning, and for the report."""
@@ -46,12 +46,7 @@ def split(graph: Graph, batches: Iterable[Any], seed: int) -> Splits:
     Samples lie along axis 0 where that axis is dynamic in the model; else a batch is a sample.
     Raises DataError for one-shot iterators, batches that do not fit, and fewer than 4 samples.
     """
-    if iter(batches) is batches:
-        raise DataError(
-            "batches is a one-shot iterator; it is gone through several times: "
-            "pass a list, or an object whose __iter__ starts anew"
-        )
-    splitter = _Splitter(graph, batches)
+    splitter = _Splitter(graph, _again(batches))
     sizes = [splitter.size(batch) for batch in splitter.bound()]
     total = sum(sizes)
     if total < 4:
@@ -63,6 +58,25 @@ def split(graph: Graph, batches: Iterable[Any], seed: int) -> Splits:
     chosen = [np.sort(order[:first]), np.sort(order[first:second]), np.sort(order[second:])]
     starts = np.cumsum([0, *sizes])
     return Splits(*(splitter.part(indices, starts) for indices in chosen))
+
+
+def whole(graph: Graph, batches: Iterable[Any]) -> Part:
+    """All samples of `batches`, as they are. Raises DataError as `split` does."""
+    splitter = _Splitter(graph, _again(batches))
+    sizes = [splitter.size(batch) for batch in splitter.bound()]
+    if not sizes:
+        raise DataError("the data holds no batch")
+    return Part(splitter.bound, len(sizes), sum(sizes))
+
+
+def _again(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches, if they can be gone through more than once."""
+    if iter(batches) is batches:
+        raise DataError(
+            "batches is a one-shot iterator; it is gone through several times: "
+            "pass a list, or an object whose __iter__ starts anew"
+        )
+    return batches
 
 
 class _Splitter:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch.utils import _pytree as pytree
 
+from ..batches import as_arguments
 from ..dyt import DytParameters
 from ..errors import DataError, RewriteError
 from ..nn import operator, parameter
@@ -20,7 +22,7 @@ from ..terms import Alias, Op, Said, Term, Value
 from .base import Batch
 from .fx_terms import say, scalar_of
 
-__all__ = ["FxGraph"]
+__all__ = ["FxGraph", "argument_leaves", "automatic_axes"]
 
 Array = npt.NDArray[Any]
 
@@ -65,24 +67,25 @@ class FxGraph:
 
     def program(self) -> torch.export.ExportedProgram:
         """The module as an exported program again, with the dynamic axes that it has."""
+        symbolic = [
+            {axis for axis, size in enumerate(value.shape or ()) if size is None}
+            for value in self.inputs.values()
+        ]
+        shapes = automatic_axes(self._module.forward, self.args, self.kwargs, symbolic)
         return torch.export.export(
-            self._module, self.args, self.kwargs, dynamic_shapes=self._dynamic_axes(), strict=False
+            self._module, self.args, self.kwargs, dynamic_shapes=shapes, strict=False
         )
 
     def bind(self, batch: Any) -> Batch:
         """A batch by input name: tuples hold positional arguments, dicts keyword arguments."""
-        if isinstance(batch, Mapping) and set(self.inputs) <= set(batch):
-            leaves = [batch[name] for name in self.inputs]
-        elif isinstance(batch, (tuple, list, Mapping)):
-            leaves = pytree.tree_leaves(batch)
+        args, kwargs = as_arguments(batch)
+        if set(kwargs) == set(self.inputs):
+            leaves = [kwargs[name] for name in self.inputs]
         else:
-            raise DataError(
-                f"a batch is a {type(batch).__name__}; allowed: a tuple of arguments or a dict"
-            )
+            leaves = pytree.tree_leaves((args, kwargs))
         if len(leaves) != len(self.inputs):
-            wanted = ", ".join(self.inputs)
-            given = ", ".join(batch) if isinstance(batch, Mapping) else f"{len(leaves)} tensors"
-            raise DataError(f"a batch holds {given}; the model's inputs are: {wanted}")
+            told = ", ".join(kwargs) or f"{len(leaves)} tensors"
+            raise DataError(f"a batch holds {told}; the model's inputs: {', '.join(self.inputs)}")
         return {
             name: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
             for name, leaf in zip(self.inputs, leaves, strict=True)
@@ -217,22 +220,6 @@ class FxGraph:
             if isinstance(node, torch.fx.Node)
         }
 
-    def _dynamic_axes(self) -> tuple[dict[int, Any] | None, ...]:
-        """For each input leaf, the axes whose length is a symbol in the graph."""
-        dims = [
-            {axis: torch.export.Dim.AUTO for axis, size in enumerate(value.shape) if size is None}
-            if value.shape
-            else None
-            for value in self.inputs.values()
-        ]
-        tree = pytree.tree_structure((self.args, self.kwargs))
-        if tree.num_leaves != len(dims):
-            raise RewriteError(
-                f"the example holds {tree.num_leaves} tensors, the graph {len(dims)} inputs"
-            )
-        args, kwargs = pytree.tree_unflatten(dims, tree)
-        return (*args, *kwargs.values())
-
     def _device(self) -> torch.device:
         return next((p.device for p in self._module.parameters()), torch.device("cpu"))
 
@@ -281,6 +268,37 @@ class FxSegment:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def argument_leaves(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any]:
+    """The tensors of a call, in the order of the parameters of `forward`, as torch.export has it.
+
+    Raises TypeError if the arguments do not fit.
+    """
+    leaves: list[Any] = pytree.tree_leaves(_bound(forward, args, kwargs))
+    return leaves
+
+
+def automatic_axes(
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axes: Sequence[Collection[int]],
+) -> dict[str, Any]:
+    """`dynamic_shapes` for torch.export: AUTO for the given axes of each of `argument_leaves`."""
+    auto = torch.export.Dim.AUTO
+    marks = [dict.fromkeys(sorted(own), auto) or None for own in axes]
+    tree = pytree.tree_structure(_bound(forward, args, kwargs))
+    marked: dict[str, Any] = pytree.tree_unflatten(marks, tree)
+    return marked
+
+
+def _bound(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
 
 
 def _put(

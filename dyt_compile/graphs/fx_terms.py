@@ -165,7 +165,7 @@ def _item(node: torch.fx.Node) -> Said | Alias | None:
     name = target._schema.name.partition("::")[2]
     if name == "_native_batch_norm_legit" and target._overloadname == "no_stats":
         return Said(Op.INSTANCE_NORM, (source.args[0],)) if place == 0 else None
-    saying = _MULTIPLE.get(name, {}).get(place)
+    saying = _MULTIPLE.get(name, {}).get(place) if isinstance(place, int) else None
     return None if saying is None else saying(_arguments(source, target), node)
 
 

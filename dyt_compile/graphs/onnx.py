@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
+from ..batches import as_arguments
 from ..dyt import DOMAIN, DytParameters
 from ..errors import CaptureError, DataError, RewriteError
 from ..runtime import Session
@@ -71,21 +72,13 @@ class OnnxGraph:
 
     def bind(self, batch: Any) -> Batch:
         """A batch by input name: tuples in the order of the model's inputs, dicts by name."""
-        if isinstance(batch, Mapping):
-            missing = [name for name in self.inputs if name not in batch]
-            if missing:
-                raise DataError(
-                    f"a batch lacks the input {missing[0]!r}; it holds: {', '.join(batch)}; "
-                    f"the model's inputs are: {', '.join(self.inputs)}"
-                )
-            given = [batch[name] for name in self.inputs]
-        else:
-            given = list(batch)
-        if len(given) != len(self.inputs):
-            raise DataError(
-                f"a batch holds {len(given)} arrays; the model's inputs are: "
-                f"{', '.join(self.inputs)}"
-            )
+        args, named = as_arguments(batch)
+        rest = [name for name in self.inputs if name not in named]
+        if len(args) != len(rest) or len(named) + len(rest) != len(self.inputs):
+            told = ", ".join(named) or f"{len(args)} arrays"
+            raise DataError(f"a batch holds {told}; the model's inputs: {', '.join(self.inputs)}")
+        named |= dict(zip(rest, args, strict=True))
+        given = [named[name] for name in self.inputs]
         return {
             name: np.asarray(array.numpy() if hasattr(array, "numpy") else array)
             for name, array in zip(self.inputs, given, strict=True)

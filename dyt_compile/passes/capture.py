@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CaptureError, OptionError
+import numpy as np
+
+from ..batches import as_arguments
+from ..errors import CaptureError, DataError, OptionError
 from ..graphs.base import Graph
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ def capture(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    batches: Iterable[Any] = (),
     dynamic_shapes: Any = None,
     provider: str = "cpu",
 ) -> Graph:
@@ -30,7 +34,8 @@ def capture(
 
     model: `nn.Module`, `ExportedProgram`, `GraphModule`, `onnx_ir.Model`, or the path of an
     `.onnx` or `.pt2` file. args, kwargs: an example of its inputs; needed for modules alone.
-    dynamic_shapes: as for `torch.export.export`; by default axis 0 of every tensor is dynamic.
+    dynamic_shapes: as for `torch.export.export`; by default axis 0 of every tensor is dynamic,
+    and every axis whose length differs between the example and `batches`.
     A module is traced in evaluation mode, and left in the mode that it had.
 
     Raises CaptureError if the model cannot be read or traced, OptionError for other types.
@@ -45,7 +50,7 @@ def capture(
     if kind == "torch.export.exported_program.ExportedProgram":
         return _from_program(model, type(model).__name__)
     if hasattr(model, "forward"):
-        return _from_module(model, args, dict(kwargs or {}), dynamic_shapes)
+        return _from_module(model, args, dict(kwargs or {}), batches, dynamic_shapes)
     raise OptionError(
         f"model is a {kind}; allowed: nn.Module, ExportedProgram, GraphModule, onnx_ir.Model, "
         "or the path of an .onnx or .pt2 file"
@@ -73,15 +78,23 @@ def _from_file(path: Path, provider: str) -> Graph:
 
 
 def _from_module(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batches: Iterable[Any],
+    dynamic_shapes: Any,
 ) -> Graph:
     import torch
 
     if not args and not kwargs:
         raise OptionError("a torch model needs an example of its inputs to be traced; none given")
+    args, kwargs = _as_tensors((args, kwargs))
     if dynamic_shapes is None:
-        args, kwargs = _at_least_two_rows(args), _at_least_two_rows(kwargs)
-        dynamic_shapes = _first_axis_dynamic(args, kwargs)
+        from ..graphs.fx import automatic_axes
+
+        varying = _varying_axes(module, (args, kwargs), batches)
+        args, kwargs = _at_least_two_rows((args, kwargs))
+        dynamic_shapes = automatic_axes(module.forward, args, kwargs, varying)
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -115,28 +128,49 @@ def _plain(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return plain
 
 
+def _as_tensors(tree: Any) -> Any:
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(np.ndarray, torch.from_numpy, tree)
+
+
 def _at_least_two_rows(tree: Any) -> Any:
     import torch
     from torch.utils._pytree import tree_map_only
 
     def grown(x: torch.Tensor) -> torch.Tensor:
-        if x.dim() == 0 or x.shape[0] >= LEAST_ROWS:
+        if x.dim() == 0 or x.shape[0] != 1:
             return x
-        return x.expand(LEAST_ROWS, *x.shape[1:]) if x.shape[0] else x
+        return x.expand(LEAST_ROWS, *x.shape[1:])
 
     return tree_map_only(torch.Tensor, grown, tree)
 
 
-def _first_axis_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """AUTO for axis 0 of every tensor, in the structure that torch.export asks for."""
-    import torch
-    from torch.utils._pytree import tree_map
+def _varying_axes(
+    module: torch.nn.Module, example: tuple[Any, ...], batches: Iterable[Any]
+) -> list[set[int]]:
+    """For each tensor of the example, axis 0 and the axes whose length differs between batches."""
+    from ..graphs.fx import argument_leaves
 
-    def shape(x: Any) -> Any:
-        dynamic = isinstance(x, torch.Tensor) and x.dim() > 0
-        return {0: torch.export.Dim.AUTO} if dynamic else None
+    def shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, ...]]:
+        try:
+            leaves = argument_leaves(module.forward, args, kwargs)
+        except TypeError as error:
+            raise DataError(
+                f"the inputs do not fit {type(module).__name__}.forward: {error}"
+            ) from error
+        return [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
 
-    return tuple(tree_map(shape, x) for x in (*args, *kwargs.values()))
+    known = shapes(*example)
+    varying = [{0} if shape else set() for shape in known]
+    for batch in batches:
+        found = shapes(*as_arguments(batch))
+        if [len(shape) for shape in found] != [len(shape) for shape in known]:
+            raise DataError(f"a batch has tensors of shapes {found}; the example: {known}")
+        for axes, shape, other in zip(varying, known, found, strict=True):
+            axes.update(a for a, (m, n) in enumerate(zip(shape, other, strict=True)) if m != n)
+    return varying
 
 
 def _first_line(error: BaseException) -> str:

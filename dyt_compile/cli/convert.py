@@ -1,0 +1,123 @@
+"""dyt-compile convert: replace norms by DyT and write the ONNX file."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .. import compiler
+from ..errors import OptionError
+from ..exporters.onnx import export_onnx
+from ..progress import reporting
+from ..report.terminal import report_table
+from .options import BatchSize, Data, Model, Provider, ProviderName, Verbose
+from .progress import TerminalReporter
+from .sources import load_data, load_model
+
+__all__ = ["convert"]
+
+
+class Mode(str, Enum):
+    """How much of the model may change."""
+
+    exact = "exact"
+    budget = "budget"
+    all = "all"
+
+
+class Metric(str, Enum):
+    """How the error at the output is measured."""
+
+    relative = "relative"
+    cosine = "cosine"
+    kl = "kl"
+    top1 = "top1"
+
+
+class Dtype(str, Enum):
+    """In which type the exported model computes."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+Target = Annotated[
+    Path, typer.Option("-o", "--out", help="The .onnx file to write.", show_default=False)
+]
+
+
+def convert(
+    model: Model,
+    out: Target,
+    data: Data = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="Default: budget with --data, exact without.")
+    ] = None,
+    max_error: Annotated[float, typer.Option(help="The budget of mode budget.")] = 0.05,
+    metric: Annotated[Metric, typer.Option(help="What the budget counts.")] = Metric.relative,
+    output: Annotated[
+        str | None, typer.Option(help="The output to measure; default: the first float one.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Keep sites whose name matches this REGEX.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    opset: Annotated[
+        int | None, typer.Option(help="18 to 23; default: 20, or the ONNX file's own.")
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Inside the exported model; its inputs and outputs stay.")
+    ] = Dtype.fp32,
+    provider: ProviderName = Provider.cpu,
+    seed: Annotated[int, typer.Option(help="Of the split into fit, plan and report.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Write the fitted values as safetensors.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Replace norms of MODEL by Dynamic Tanh and write an ONNX file.
+
+    Exact without data: DyT that the model holds is recognised, norms stay. With data, as many
+    norms are converted as keep the measured error within --max-error.
+    """
+    if out.suffix != ".onnx":
+        raise OptionError(f"-o is {str(out)!r}; allowed: a file that ends in .onnx")
+    console = Console(stderr=True)
+    source = load_model(model)
+    with reporting(TerminalReporter(console)):
+        result = compiler.convert(
+            source.model,
+            None if data is None else load_data(data, batch_size),
+            mode=None if mode is None else mode.value,
+            budget=max_error,
+            metric=metric.value,
+            output=output,
+            example=source.example,
+            exclude=tuple(exclude or ()),
+            seed=seed,
+            provider=provider.value,
+        )
+        written = export_onnx(result, out, opset=opset, dtype=dtype.value, provider=provider.value)
+    if report is not None:
+        result.report.save(report)
+    if calibration is not None:
+        if result.calibration is None:
+            raise OptionError("--calibration needs --data: mode exact fits nothing")
+        result.calibration.save(calibration)
+    Console().print(report_table(result.report))
+    checked = (
+        "not run: no data"
+        if written.export_error is None
+        else f"export error {written.export_error:.1g}"
+    )
+    Console().print(
+        f"wrote {written.path}: {written.bytes / 1e6:.1f} MB, opset {written.opset}, "
+        f"{written.dtype}, {checked}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip

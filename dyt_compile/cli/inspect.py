@@ -1,0 +1,25 @@
+"""dyt-compile inspect: every normalization of a model."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+
+from .. import compiler
+from ..files import replaced
+from ..report.terminal import match_table
+from .options import JsonPath, Model, Verbose
+from .sources import load_model
+
+__all__ = ["inspect"]
+
+
+def inspect(model: Model, json_path: JsonPath = None, verbose: Verbose = False) -> None:
+    """Find the norms of MODEL: what can be replaced, and what is refused, with the reason."""
+    source = load_model(model)
+    found = compiler.inspect(source.model, source.args, source.kwargs)
+    if json_path is not None:
+        with replaced(json_path) as temporary:
+            temporary.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    Console().print(match_table(found))

@@ -1,0 +1,46 @@
+"""Progress on the terminal: bars where there is one, plain lines where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["TerminalReporter"]
+
+T = TypeVar("T")
+
+
+class TerminalReporter:
+    """Shows each piece of work as it begins and goes on."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._busy = False
+
+    def track(self, items: Iterable[T], doing: str, total: int | None) -> Iterator[T]:
+        """Yield the items; work inside other work is not shown."""
+        if self._busy:
+            yield from items
+            return
+        self._busy = True
+        try:
+            if self._console.is_terminal:
+                yield from self._bar(items, doing, total)
+            else:
+                self._console.print(f"{doing} ({total})" if total else doing, highlight=False)
+                yield from items
+        finally:
+            self._busy = False
+
+    def _bar(self, items: Iterable[T], doing: str, total: int | None) -> Iterator[T]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            yield from progress.track(items, total=total, description=doing)

@@ -1,0 +1,52 @@
+"""dyt-compile verify: how far one model is from another."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .. import compiler
+from ..errors import VerificationError
+from ..progress import reporting
+from .convert import Metric
+from .options import DATA_HELP, BatchSize, Model, Provider, ProviderName, Verbose
+from .progress import TerminalReporter
+from .sources import load_data, load_model
+
+__all__ = ["verify"]
+
+
+def verify(
+    a: Model,
+    b: Model,
+    data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
+    max_error: Annotated[float, typer.Option(help="The largest error that passes.")] = 1e-4,
+    metric: Annotated[Metric, typer.Option(help="How the error is measured.")] = Metric.relative,
+    output: Annotated[
+        str | None, typer.Option(help="The output to compare; default: the first float one.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    provider: ProviderName = Provider.cpu,
+    verbose: Verbose = False,
+) -> None:
+    """Run A and B on the same data and compare; exit status 1 when the error is too large."""
+    first, second = load_model(a), load_model(b)
+    with reporting(TerminalReporter(Console(stderr=True))):
+        measured = compiler.compare(
+            first.model,
+            second.model,
+            load_data(data, batch_size),
+            metric=metric.value,
+            output=output,
+            examples=(first.example, second.example),
+            provider=provider.value,
+        )
+    line = (
+        f"{metric.value} error {measured.error:.4g} ± {measured.standard_error:.1g} "
+        f"on {measured.samples} samples"
+    )
+    if not measured.error <= max_error:
+        raise VerificationError(f"{line}, above {max_error:g}")
+    Console().print(f"{line}, within {max_error:g}", highlight=False)

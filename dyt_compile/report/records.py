@@ -1,0 +1,87 @@
+"""The report of a conversion: frozen records, and as JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..files import replaced
+
+__all__ = ["Report", "SiteReport", "environment"]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site: what became of it, why, and at what cost.
+
+    fit_error: relative error of its fit on held-out rows; sensitivity: error at the model's
+    output with this site alone converted. Neither is measured in mode "exact".
+    """
+
+    name: str
+    kind: str
+    channels: int | None
+    consumers: tuple[str, ...]
+    converted: bool
+    reason: str | None
+    alpha: float | None
+    fit_error: float | None
+    sensitivity: float | None
+    sigma_median: float | None
+    sigma_peak: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was converted, what it cost, what was kept and why.
+
+    error: of the converted against the original model at `output`, in `metric`, on `samples`
+    samples that took part in neither fit nor plan (None in mode "exact" without data);
+    export_error: of an exported file against the converted model, set by the exporter alone.
+    attempts: (sites converted, error on the plan samples) of every set that was tried.
+    """
+
+    model: str
+    mode: str
+    metric: str
+    output: str
+    budget: float | None
+    error: float | None
+    standard_error: float | None
+    samples: int
+    sites: tuple[SiteReport, ...]
+    refusals: tuple[Mapping[str, str], ...]
+    attempts: tuple[tuple[int, float], ...]
+    seconds: Mapping[str, float]
+    environment: Mapping[str, str]
+
+    @property
+    def converted(self) -> int:
+        """How many sites were converted."""
+        return sum(site.converted for site in self.sites)
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        data: dict[str, Any] = asdict(self)
+        data["converted"] = self.converted
+        return json.dumps(data, indent=2)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        with replaced(Path(path)) as temporary:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("dyt-compile", "torch", "numpy", "onnx", "onnx-ir", "onnxruntime"):
+        if importlib.util.find_spec(name.replace("-", "_")) is not None:
+            found[name] = metadata.version(name)
+    return found
