@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .batches import as_arguments
@@ -134,7 +134,8 @@ def convert(
             measured = lossy.verify(rewritten)
             if mode == "budget" and measured.error > budget:
                 # Once back to the plan, by as much as the report samples differ from its own.
-                planned = lossy.plan(candidates, budget * (budget / measured.error))
+                again = lossy.plan(candidates, budget * (budget / measured.error))
+                planned = replace(again, attempts=planned.attempts + again.attempts)
                 rewritten = lossy.rewrite(planned)
                 measured = lossy.verify(rewritten)
                 if measured.error > budget:
@@ -201,14 +202,13 @@ class _Lossy:
         self._shelf = shelf
         self._planning = self._reference("plan")
         self.isolated: Calibration | None = None
+        self._attempts: dict[frozenset[str], Attempt] = {}
 
     def attempt(self, names: frozenset[str]) -> Attempt:
         """Calibrate with the named sites converted, and measure them on the plan samples."""
-        fitted = calibrate(
-            self._graph, self._match, self._samples.fit, convert=names, seed=self._seed
-        )
-        measured = self._planning.measure(self._rewritten(fitted))
-        return Attempt(fitted.converted, fitted, measured)
+        if names not in self._attempts:
+            self._attempts[names] = self._attempt(names)
+        return self._attempts[names]
 
     def plan(self, candidates: Sequence[str], budget: float) -> Plan:
         """Sensitivities from each site alone, then the search for the largest affordable set."""
@@ -232,6 +232,13 @@ class _Lossy:
     def verify(self, rewritten: Graph) -> Measurement:
         """The error on samples that took part in nothing else."""
         return self._reference("report").measure(rewritten)
+
+    def _attempt(self, names: frozenset[str]) -> Attempt:
+        fitted = calibrate(
+            self._graph, self._match, self._samples.fit, convert=names, seed=self._seed
+        )
+        measured = self._planning.measure(self._rewritten(fitted))
+        return Attempt(fitted.converted, fitted, measured)
 
     def _rewritten(self, fitted: Calibration) -> Graph:
         return rewrite(self._graph, self._match, fitted, fitted.converted)

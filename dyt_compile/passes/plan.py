@@ -16,8 +16,9 @@ from ..progress import track
 
 __all__ = ["Attempt", "Plan", "plan"]
 
-DEVIATIONS = 1.64
-"""The error plus so many standard errors must keep the budget: 95 % one-sided."""
+DEVIATIONS = 1.64 * 2**0.5
+"""The error plus so many standard errors must keep the budget: 95 % one-sided, for the difference
+of two measurements, since the report samples are no more than the plan samples are."""
 
 PATIENCE = 3
 """Sites that may fail one after another before the search ends."""
