@@ -317,8 +317,8 @@ def _example(example: Any, batches: Iterable[Any] | None) -> tuple[tuple[Any, ..
 
 
 def _probe(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch | None:
-    """The example as a batch; without one, None."""
-    return graph.bind((args, kwargs)) if args or kwargs else None
+    """The example as a batch; without one, what the graph makes up."""
+    return graph.bind((args, kwargs)) if args or kwargs else graph.example()
 
 
 def _report(
@@ -373,7 +373,7 @@ def _site_report(site: NormSite, planned: Plan | None, isolated: Calibration | N
 
 def _why_kept(planned: Plan | None, fit: Any, sensitivity: float | None) -> str:
     if planned is None:
-        return "mode exact leaves norms alone"
+        return "mode exact"
     if fit is not None and fit.reason is not None:
         return str(fit.reason)
     return "excluded" if sensitivity is None else "over budget"

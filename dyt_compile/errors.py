@@ -11,6 +11,7 @@ __all__ = [
     "OptionError",
     "RewriteError",
     "VerificationError",
+    "first_line",
 ]
 
 
@@ -57,3 +58,8 @@ class MissingDependencyError(DytCompileError):
         super().__init__(
             f"{module!r} is not installed; install it with: pip install 'dyt-compile[{extra}]'"
         )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error that says something, to be told in one of ours."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .errors import CaptureError, MissingDependencyError, OptionError
+from .errors import CaptureError, DataError, MissingDependencyError, OptionError, first_line
 from .graphs.onnx_precision import holds, surface, widen
 
 __all__ = ["PROVIDERS", "Session"]
@@ -58,7 +58,9 @@ class Session:
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=wanted)
         except Exception as error:
-            raise CaptureError(f"ONNX Runtime does not take the model: {error}") from error
+            raise CaptureError(
+                f"ONNX Runtime does not take the model: {first_line(error)}"
+            ) from error
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
 
@@ -68,7 +70,10 @@ class Session:
             name: array.astype(np.float32) if name in self._narrow else array
             for name, array in zip(self.inputs, arrays, strict=True)
         }
-        results = self._session.run(self.outputs, feeds)
+        try:
+            results = self._session.run(self.outputs, feeds)
+        except Exception as error:
+            raise DataError(f"the model cannot run on a batch: {first_line(error)}") from error
         return [
             result.astype(ml_dtypes.bfloat16) if name in self._narrow else result
             for name, result in zip(self.outputs, results, strict=True)

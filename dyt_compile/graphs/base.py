@@ -42,6 +42,10 @@ class Graph(Protocol):
         """The user's batch (tuple of args, or dict of kwargs) by input name; raises DataError."""
         ...
 
+    def example(self) -> Batch | None:
+        """A batch that fits the model's inputs, None where the graph cannot make one up."""
+        ...
+
     def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> Segment:
         """The part of the graph that computes `stop` from `start` and the graph's constants."""
         ...

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..batches import as_arguments
 from ..dyt import DytParameters
-from ..errors import DataError, RewriteError
+from ..errors import DataError, RewriteError, first_line
 from ..nn import operator, parameter
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value
@@ -90,6 +90,10 @@ class FxGraph:
             name: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
             for name, leaf in zip(self.inputs, leaves, strict=True)
         }
+
+    def example(self) -> Batch | None:
+        """The inputs that the module was traced with."""
+        return self.bind((self.args, self.kwargs)) if self.args or self.kwargs else None
 
     def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> FxSegment:
         """The nodes between two cuts."""
@@ -253,7 +257,12 @@ class FxSegment:
         """Values of the later cut."""
         env = dict(zip(self._start, values, strict=True))
         for node in self._nodes:
-            env[node] = self._run(node, env)
+            try:
+                env[node] = self._run(node, env)
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"the model cannot run on a batch: {node.name}: {first_line(error)}"
+                ) from error
             for operand in self._released.get(node, ()):
                 del env[operand]
         return [env[node] for node in self._stop]

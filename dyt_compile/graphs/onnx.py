@@ -84,6 +84,27 @@ class OnnxGraph:
             for name, array in zip(self.inputs, given, strict=True)
         }
 
+    def example(self) -> Batch | None:
+        """Random floats, and zeros and ones, in the declared shapes; None for other inputs.
+
+        A dynamic axis has length 2, another symbol the next length.
+        """
+        random = np.random.default_rng(0)
+        lengths: dict[str, int] = {}
+        batch = {}
+        for name, value in self.inputs.items():
+            if value.dtype is None or value.native.shape is None:
+                return None
+            shape = [
+                size if isinstance(size, int) else lengths.setdefault(str(size), 2 + len(lengths))
+                for size in value.native.shape
+            ]
+            dtype = _numpy_dtype(value.dtype)
+            floating = "float" in value.dtype
+            values = random.normal(size=shape) if floating else random.integers(0, 2, shape)
+            batch[name] = np.asarray(values).astype(dtype)
+        return batch
+
     def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> OnnxSegment:
         """The nodes between two cuts, as a session of ONNX Runtime."""
         return OnnxSegment(self._model, start, stop, self.between(start, stop), self._provider)

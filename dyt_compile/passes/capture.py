@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..batches import as_arguments
-from ..errors import CaptureError, DataError, OptionError
+from ..errors import CaptureError, DataError, OptionError, first_line
 from ..graphs.base import Graph
 
 if TYPE_CHECKING:
@@ -67,12 +68,17 @@ def _from_file(path: Path, provider: str) -> Graph:
     if path.suffix == ".pt2":
         import torch
 
+        logger = logging.getLogger("torch.export")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it logs a traceback and then raises another error
         try:
             program = torch.export.load(path)
         except Exception as error:
             raise CaptureError(
-                f"{str(path)!r} is no program of torch.export.save: {_first_line(error)}"
+                f"{str(path)!r} is no program of torch.export.save: {first_line(error)}"
             ) from error
+        finally:
+            logger.setLevel(level)
         return _from_program(program, path.stem)
     raise OptionError(f"model file {str(path)!r} ends in {path.suffix!r}; allowed: .onnx, .pt2")
 
@@ -103,7 +109,7 @@ def _from_module(
         )
     except Exception as error:
         raise CaptureError(
-            f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}"
+            f"torch.export cannot trace {type(module).__name__}: {first_line(error)}"
         ) from error
     finally:
         for part, training in modes.items():
@@ -171,7 +177,3 @@ def _varying_axes(
         for axes, shape, other in zip(varying, known, found, strict=True):
             axes.update(a for a, (m, n) in enumerate(zip(shape, other, strict=True)) if m != n)
     return varying
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

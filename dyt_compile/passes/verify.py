@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..data import Part, attention_mask
-from ..errors import OptionError
-from ..graphs.base import Graph
+from ..errors import DataError, OptionError
+from ..graphs.base import Batch, Graph
 from ..metrics import Measurement, Tally
 from ..progress import track
 from ..shelf import Kept, Shelf
@@ -32,14 +34,29 @@ class Reference:
     def measure(self, converted: Graph) -> Measurement:
         """The error of a graph with the same inputs and outputs."""
         tally = Tally(self._metric)
-        value = converted.outputs[self.output]
+        value = converted.outputs[chosen_output(converted, self.output)]
         run = converted.segment(list(converted.inputs.values()), [value])
         for batch, kept in zip(self._samples, self._kept, strict=True):
-            (result,) = run([batch[name] for name in converted.inputs])
+            (result,) = run(self._given(converted, batch))
             original = self._graph.to_array(kept.load())
             mask = attention_mask(batch, self._graph)
             tally.add(original, converted.to_array(result), mask)
         return tally.measurement()
+
+    def _given(self, converted: Graph, batch: Batch) -> list[Any]:
+        """The batch as the other graph takes it; the two may be of different worlds."""
+        missing = [name for name in converted.inputs if name not in batch]
+        if missing:
+            raise DataError(
+                f"the models take different inputs: {', '.join(self._graph.inputs)} and "
+                f"{', '.join(converted.inputs)}"
+            )
+        if type(converted) is type(self._graph):
+            return [batch[name] for name in converted.inputs]
+        return [
+            converted.from_array(self._graph.to_array(batch[name]), value)
+            for name, value in converted.inputs.items()
+        ]
 
 
 def chosen_output(graph: Graph, name: str | None) -> str:
