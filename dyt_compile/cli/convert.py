@@ -88,6 +88,8 @@ def convert(
     """
     if out.suffix != ".onnx":
         raise OptionError(f"-o is {str(out)!r}; allowed: a file that ends in .onnx")
+    if calibration is not None and (data is None or mode is Mode.exact):
+        raise OptionError("--calibration needs --data: mode exact fits nothing")
     console = Console(stderr=True)
     source = load_model(model)
     with reporting(TerminalReporter(console)):
@@ -106,9 +108,7 @@ def convert(
         written = export_onnx(result, out, opset=opset, dtype=dtype.value, provider=provider.value)
     if report is not None:
         result.report.save(report)
-    if calibration is not None:
-        if result.calibration is None:
-            raise OptionError("--calibration needs --data: mode exact fits nothing")
+    if calibration is not None and result.calibration is not None:
         result.calibration.save(calibration)
     Console().print(report_table(result.report))
     checked = (

@@ -163,8 +163,9 @@ def _varying_axes(
         try:
             leaves = argument_leaves(module.forward, args, kwargs)
         except TypeError as error:
+            told = ", ".join(kwargs) or f"{len(args)} tensors"
             raise DataError(
-                f"the inputs do not fit {type(module).__name__}.forward: {error}"
+                f"{told} given, which do not fit {type(module).__name__}.forward: {error}"
             ) from error
         return [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
 

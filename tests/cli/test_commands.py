@@ -1,0 +1,238 @@
+"""dyt-compile as a user calls it: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from dyt_compile import Calibration
+from dyt_compile.cli import main
+
+pytestmark = pytest.mark.core
+
+MODEL = """
+import torch
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(8)
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x))
+
+def load():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(Block(), Block()), (torch.randn(2, 3, 8),)
+
+def wrong():
+    return "model"
+
+def batches():
+    torch.manual_seed(1)
+    for _ in range(8):
+        yield (torch.randn(8, 3, 8),)
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """MODEL of a small transformer-like network."""
+    (tmp_path / "network.py").write_text(MODEL)
+    return f"{tmp_path / 'network.py'}:load"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """DATA for it, as an .npz file."""
+    array = np.random.default_rng(0).normal(size=(64, 3, 8)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", input=array)
+    return str(tmp_path / "data.npz")
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit status of a command."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line that a failing command prints."""
+    assert run(*arguments) == 1
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if ": " in line]
+    assert len(lines) == 1
+    assert "Traceback" not in printed.err
+    return lines[0]
+
+
+def convert(model: str, *options: str | Path) -> int:
+    return run("convert", model, *options)
+
+
+def test_inspect_writes_the_sites_as_json(model: str, tmp_path: Path) -> None:
+    assert run("inspect", model, "--json", tmp_path / "sites.json") == 0
+    found = json.loads((tmp_path / "sites.json").read_text())
+    assert found["refusals"] == []
+    assert [site["name"] for site in found["sites"]] == ["0.norm", "1.norm"]
+    assert found["sites"][0] == {
+        "name": "0.norm", "kind": "layer_norm", "channels": 8, "axes": [-1], "eps": 1e-5,
+        "affine": ["gamma", "beta"], "dtype": "float32", "consumers": ["linear"],
+        "parallel_residual": False,
+    }  # fmt: skip
+
+
+def test_convert_writes_model_report_and_calibration(model: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    options = ["--report", tmp_path / "r.json", "--calibration", tmp_path / "c.safetensors"]
+    assert convert(model, "-o", out, "--data", data, "--mode", "all", *options) == 0
+    assert [node.domain for node in onnx.load(out).graph.node].count("dyt") == 2
+    assert json.loads((tmp_path / "r.json").read_text())["converted"] == 2
+    assert set(Calibration.load(tmp_path / "c.safetensors").fits) == {"0.norm", "1.norm"}
+
+
+def test_convert_takes_batches_from_a_function(model: str, tmp_path: Path) -> None:
+    data = model.replace(":load", ":batches")
+    assert convert(model, "-o", tmp_path / "o.onnx", "--data", data, "--max-error", "0.5") == 0
+
+
+def test_convert_takes_what_it_wrote(model: str, data: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    exclude = ["--exclude", "^1"]
+    assert convert(model, "-o", first, "--data", data, "--mode", "all", *exclude) == 0
+    assert convert(str(first), "-o", second, "--data", data, "--mode", "all") == 0
+    assert [node.domain for node in onnx.load(second).graph.node].count("dyt") == 2
+
+
+def test_convert_of_a_pt2_file_works(model: str, data: str, tmp_path: Path) -> None:
+    namespace: dict[str, object] = {}
+    exec(MODEL, namespace)
+    module, args = namespace["load"]()  # type: ignore[operator]
+    axes = ({0: torch.export.Dim.AUTO},)
+    torch.export.save(torch.export.export(module, args, dynamic_shapes=axes), tmp_path / "m.pt2")
+    out = tmp_path / "o.onnx"
+    assert convert(str(tmp_path / "m.pt2"), "-o", out, "--data", data, "--mode", "all") == 0
+    assert run("verify", tmp_path / "m.pt2", out, "--data", data, "--max-error", "0.9") == 0
+
+
+def test_convert_without_data_is_exact(model: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    assert convert(model, "-o", out) == 0
+    assert run("verify", model, out, "--data", data) == 0
+
+
+def test_verify_fails_where_models_differ(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.onnx"
+    assert convert(model, "-o", out, "--data", data, "--mode", "all") == 0
+    line = failure(capsys, "verify", model, out, "--data", data)
+    assert line.startswith("VerificationError: relative error 0.")
+    assert run("verify", model, out, "--data", data, "--max-error", "0.9") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-o", "o.onnx", "--mode", "all"], "OptionError: mode 'all' needs data"),
+        (["-o", "o.txt"], "OptionError: -o is 'o.txt'; allowed: a file that ends in .onnx"),
+        (["-o", "o.onnx", "--opset", "9"], "OptionError: opset is 9; allowed: 18 to 23"),
+        (["-o", "o.onnx", "--exclude", "("], "OptionError: exclude has '(', no regular"),
+        (["-o", "o.onnx", "--output", "nix"], "OptionError: output is 'nix'; the model's are"),
+        (["-o", "o.onnx", "--data", "nix.npz"], "DataError: data 'nix.npz' is no .npz file"),
+        (["-o", "o.onnx", "--calibration", "c"], "OptionError: --calibration needs --data"),
+        (["-o", "nix/o.onnx"], "ExportError: cannot write 'nix/o.onnx'"),
+        (["-o", "o.onnx", "--provider", "cuda"], "OptionError: provider 'cuda' is not in this"),
+        ([], "MissingParameter"),
+    ],
+)
+def test_convert_names_what_is_wrong(
+    arguments: Sequence[str],
+    expected: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert failure(capsys, "convert", model, *arguments).startswith(expected)
+    assert not list(tmp_path.glob("*o.onnx*"))
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("m.onnx", b"no model", "CaptureError: "),
+        ("m.pt2", b"no archive", "CaptureError: "),
+        ("m.txt", b"", "OptionError: MODEL is "),
+        ("network.py:nix", None, "OptionError: "),
+        ("network.py:wrong", None, "CaptureError: "),
+        ("nix.py:load", None, "OptionError: file 'nix.py' does not exist"),
+        ("no.such.package:load", None, "OptionError: module 'no.such.package' cannot be imported"),
+    ],
+)
+def test_inspect_names_what_is_wrong_with_a_model(
+    name: str,
+    content: bytes | None,
+    expected: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert failure(capsys, "inspect", name).startswith(expected)
+
+
+def test_data_of_another_model_is_refused(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "other.npz", pixels=np.zeros((8, 5, 7), np.float32))
+    line = failure(
+        capsys, "convert", model, "-o", tmp_path / "o.onnx", "--data", tmp_path / "other.npz"
+    )
+    assert line.startswith("DataError: ")
+    assert "pixels" in line
+
+
+def test_verbose_shows_the_traceback(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("convert", model, "-o", tmp_path / "o.onnx", "--mode", "all", "--verbose") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    printed = capsys.readouterr().out
+    assert all(verb in printed for verb in ("inspect", "convert", "verify"))
+
+
+def test_inspect_of_an_onnx_file_imports_no_torch(model: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    assert convert(model, "-o", out) == 0
+    code = (
+        "import sys\nfrom dyt_compile.cli import main\n"
+        f"try:\n    main(['inspect', {str(out)!r}])\n"
+        "except SystemExit as stopped:\n    assert not stopped.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_module_runs_as_the_command_does() -> None:
+    command = [sys.executable, "-m", "dyt_compile", "--help"]
+    assert "inspect" in subprocess.run(command, check=True, capture_output=True, text=True).stdout

