@@ -36,7 +36,6 @@ class NormalForm:
     centred: bool
     axes: tuple[int, ...]
     eps: float
-    channels: int
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Prover:
         key = (*piece.signature(), form)
         if key not in self._proved:
             random = _Leaves(seed=1)
-            x = _probe(piece.input, form.axes)
+            x = _probe(piece.input, form.axes, like=gamma or beta)
             with np.errstate(all="ignore"):
                 y = run(piece, x, random)
                 expected = _apply(form, x)
@@ -110,7 +109,7 @@ class Prover:
     def holds_dyt(self, piece: Piece, parameters: Mapping[str, Value], squash: str) -> bool:
         """Whether the piece equals DyT or Derf of its input, on random input and parameters."""
         random = _Leaves(seed=2)
-        x = _probe(piece.input, (-1,))
+        x = _probe(piece.input, (-1,), like=parameters.get("gamma"))
         values = {name: random.value(value) for name, value in parameters.items()}
         y = run(piece, x, random)
         return _close(y, dyt.evaluate(dyt.DytParameters(squash=squash, **values), x))
@@ -203,6 +202,8 @@ def _read(
 def _line(squares: Array, inverse: Array) -> tuple[float, float] | None:
     """Slope and intercept of `inverse` over `squares`, None where they are no straight line."""
     largest, smallest = int(squares.argmax()), int(squares.argmin())
+    if squares[largest] == squares[smallest]:
+        return None
     slope = (inverse[largest] - inverse[smallest]) / (squares[largest] - squares[smallest])
     intercept = inverse[smallest] - slope * squares[smallest]
     if np.any(np.abs(slope * squares + intercept - inverse) > TOLERANCE * np.abs(inverse)):
@@ -214,7 +215,7 @@ def _judge(
     slope: float, eps: float, centred: bool, axes: tuple[int, ...], channels: int
 ) -> NormalForm | Miss:
     if abs(slope - 1) < TOLERANCE:
-        return NormalForm(centred, axes, float(f"{eps:.6g}"), channels)
+        return NormalForm(centred, axes, float(f"{eps:.6g}"))
     if abs(slope * (channels - 1) / channels - 1) < TOLERANCE:
         return Miss("it divides by the unbiased variance (D - 1 instead of D)")
     if abs(slope / channels - 1) < TOLERANCE:
@@ -222,11 +223,14 @@ def _judge(
     return Miss(f"it divides by {slope**0.5:.4g} times the root mean square")
 
 
-def _probe(value: Value, axes: tuple[int, ...]) -> Array:
-    """Random rows along the normalized axes, with mean squares from 1e-14 to 1e4."""
-    shape = list(value.shape or ())
-    static = {axis % len(shape) for axis in axes} if shape else set()
-    sizes = [size or 8 if place in static else 1 for place, size in enumerate(shape)] or [8]
+def _probe(value: Value, axes: tuple[int, ...], like: Value | None = None) -> Array:
+    """Random rows along the normalized axes, with mean squares from 1e-14 to 1e4.
+
+    like: a gamma whose shape tells the number of channels where the value's own is unknown.
+    """
+    shape = value.shape or (None if like is None else like.shape) or (None,)
+    static = {axis % len(shape) for axis in axes if -axis <= len(shape)}
+    sizes = [size or 8 if place in static else 1 for place, size in enumerate(shape)]
     rows = next((place for place in range(len(sizes)) if place not in static), None)
     if rows is None:  # one row alone: its scales go to a leading axis
         sizes = [ROWS, *sizes]
@@ -235,7 +239,7 @@ def _probe(value: Value, axes: tuple[int, ...]) -> Array:
         sizes[rows] = ROWS
     random = np.random.default_rng(7)
     scales = np.logspace(-7, 2, ROWS).reshape([ROWS if p == rows else 1 for p in range(len(sizes))])
-    return (random.normal(size=sizes) + 0.3) * scales
+    return np.asarray((random.normal(size=sizes) + 0.3) * scales, np.float64)
 
 
 def _apply(form: NormalForm, x: Array) -> Array:

@@ -14,13 +14,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from ..batches import as_arguments
-from ..dyt import DOMAIN, DytParameters
+from ..dyt import DytParameters
 from ..errors import CaptureError, DataError, RewriteError
 from ..runtime import Session
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value
 from . import onnx_functions
 from .base import Batch
+from .onnx_prepare import prepare
 from .onnx_terms import say, scalar
 
 __all__ = ["OnnxGraph"]
@@ -58,12 +59,15 @@ class OnnxGraph:
             model = ir.load(path)
         except Exception as error:
             raise CaptureError(f"{str(path)!r} is no ONNX model: {error}") from error
-        return cls(path.stem, _prepared(model), provider)
+        prepare(model)
+        return cls(path.stem, model, provider)
 
     @classmethod
     def from_model(cls, name: str, model: ir.Model, provider: str = "cpu") -> OnnxGraph:
         """The graph of a model in memory, which stays as it is."""
-        return cls(name, _prepared(model.clone()), provider)
+        own = model.clone()
+        prepare(own)
+        return cls(name, own, provider)
 
     @property
     def model(self) -> ir.Model:
@@ -225,15 +229,6 @@ class OnnxSegment:
         return [known[value] for value in self._stop]
 
 
-def _prepared(model: ir.Model) -> ir.Model:
-    """Functions of other tools inlined, shapes and dtypes inferred, nodes in execution order."""
-    if any(function.domain != DOMAIN for function in model.functions.values()):
-        ir_passes.InlinePass(lambda function: function.domain != DOMAIN)(model)
-    model.graph.sort()
-    ir_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-    return model
-
-
 def _put(
     model: ir.Model,
     copies: dict[ir.Value, ir.Value],
@@ -330,9 +325,15 @@ def _seen(value: ir.Value, *, constant: bool = False) -> Value:
 
 
 def _scope(node: ir.Node) -> str:
+    """The module path of a node: from torch's metadata, or from the name that it gave the node.
+
+    The older exporter names nodes "/layers.0/norm/Mul_1", and ONNX Runtime's optimizer appends
+    "/SimplifiedLayerNormFusion/" where it fuses some.
+    """
     scopes = node.metadata_props.get(SCOPES)
     if scopes is None:
-        return ""
+        parts = [part for part in (node.name or "").split("/") if part and "Fusion" not in part]
+        return ".".join(parts[:-1]) if (node.name or "").startswith("/") else ""
     try:
         path = ast.literal_eval(scopes)
     except (SyntaxError, ValueError):

@@ -30,8 +30,11 @@ def call(form: Form, inputs: Sequence[ir.Value], output: str) -> ir.Node:
 
 def declare(model: ir.Model) -> None:
     """Give the model the functions that its nodes call, and the domain's opset import."""
-    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    opset = model.opset_imports.get("", 0)
     called = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    if called and opset < LEAST_OPSET:
+        # Opsets 14 and 15 only widened types and added operators and optional attributes.
+        opset = model.opset_imports[""] = LEAST_OPSET
     for name in sorted(called & FORMS.keys()):
         body = function(FORMS[name], opset)
         model.functions[body.identifier()] = body

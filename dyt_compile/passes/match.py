@@ -225,7 +225,7 @@ def _with_affine(piece: Piece, form: NormalForm, prover: Prover, outputs: set[Va
     site = NormSite(
         name=_name(last, gamma),
         kind=kind,
-        channels=form.channels,
+        channels=_channels(source, gamma or beta, form.axes),
         axes=form.axes,
         eps=form.eps,
         affine=_affine_names(gamma, beta),
@@ -379,6 +379,14 @@ def _before_casts(value: Value) -> Value:
             break
         value = operand
     return value
+
+
+def _channels(x: Value, parameter: Value | None, axes: tuple[int, ...]) -> int | None:
+    """The length of the normalized axis, from the input's shape or from gamma's."""
+    for value in (x, parameter):
+        if value is not None and value.shape is not None and value.shape[axes[0]] is not None:
+            return value.shape[axes[0]]
+    return None
 
 
 def _affine_names(gamma: Value | None, beta: Value | None) -> tuple[str, ...]:
