@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from .. import compiler
 from ..errors import OptionError
@@ -15,7 +14,7 @@ from ..exporters.onnx import export_onnx
 from ..progress import reporting
 from ..report.terminal import report_table
 from .options import BatchSize, Data, Model, Provider, ProviderName, Verbose
-from .progress import TerminalReporter
+from .progress import TerminalReporter, console
 from .sources import load_data, load_model
 
 __all__ = ["convert"]
@@ -90,9 +89,8 @@ def convert(
         raise OptionError(f"-o is {str(out)!r}; allowed: a file that ends in .onnx")
     if calibration is not None and (data is None or mode is Mode.exact):
         raise OptionError("--calibration needs --data: mode exact fits nothing")
-    console = Console(stderr=True)
     source = load_model(model)
-    with reporting(TerminalReporter(console)):
+    with reporting(TerminalReporter(console(stderr=True))):
         result = compiler.convert(
             source.model,
             None if data is None else load_data(data, batch_size),
@@ -110,13 +108,13 @@ def convert(
         result.report.save(report)
     if calibration is not None and result.calibration is not None:
         result.calibration.save(calibration)
-    Console().print(report_table(result.report))
+    console().print(report_table(result.report))
     checked = (
         "not run: no data"
         if written.export_error is None
         else f"export error {written.export_error:.1g}"
     )
-    Console().print(
+    console().print(
         f"wrote {written.path}: {written.bytes / 1e6:.1f} MB, opset {written.opset}, "
         f"{written.dtype}, {checked}",
         soft_wrap=True, highlight=False,

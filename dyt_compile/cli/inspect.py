@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-from rich.console import Console
-
 from .. import compiler
 from ..files import replaced
 from ..report.terminal import match_table
 from .options import JsonPath, Model, Verbose
+from .progress import console
 from .sources import load_model
 
 __all__ = ["inspect"]
@@ -22,4 +21,4 @@ def inspect(model: Model, json_path: JsonPath = None, verbose: Verbose = False) 
     if json_path is not None:
         with replaced(json_path) as temporary:
             temporary.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
-    Console().print(match_table(found))
+    console().print(match_table(found))

@@ -8,9 +8,18 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["TerminalReporter"]
+__all__ = ["TerminalReporter", "console"]
+
+PLAIN_WIDTH = 100
+"""Columns where the output is no terminal."""
 
 T = TypeVar("T")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """The terminal, or a file or pipe of 100 columns."""
+    made = Console(stderr=stderr)
+    return made if made.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
 
 
 class TerminalReporter:

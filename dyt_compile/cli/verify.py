@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from .. import compiler
 from ..errors import VerificationError
 from ..progress import reporting
 from .convert import Metric
 from .options import DATA_HELP, BatchSize, Model, Provider, ProviderName, Verbose
-from .progress import TerminalReporter
+from .progress import TerminalReporter, console
 from .sources import load_data, load_model
 
 __all__ = ["verify"]
@@ -33,7 +32,7 @@ def verify(
 ) -> None:
     """Run A and B on the same data and compare; exit status 1 when the error is too large."""
     first, second = load_model(a), load_model(b)
-    with reporting(TerminalReporter(Console(stderr=True))):
+    with reporting(TerminalReporter(console(stderr=True))):
         measured = compiler.compare(
             first.model,
             second.model,
@@ -49,4 +48,4 @@ def verify(
     )
     if not measured.error <= max_error:
         raise VerificationError(f"{line}, above {max_error:g}")
-    Console().print(f"{line}, within {max_error:g}", highlight=False)
+    console().print(f"{line}, within {max_error:g}", highlight=False)

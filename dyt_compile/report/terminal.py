@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -21,7 +24,7 @@ def match_table(match: Match) -> RenderableType:
         eps = "" if site.kind.lossless else f"{site.eps:g}"
         sites.add_row(
             Text(site.name), site.kind.value, channels, eps,
-            ", ".join(site.affine), Text(", ".join(site.consumers)),
+            ", ".join(site.affine), Text(_counted(site.consumers)),
         )  # fmt: skip
     counts = f"{len(match.sites)} sites, {len(match.refusals)} refused"
     parts: list[RenderableType] = [Text(f"{match.model}: {counts}", style="bold")]
@@ -66,6 +69,12 @@ def _table(*headers: str) -> Table:
     for place, header in enumerate(headers):
         table.add_column(header, overflow="fold", ratio=None if place else 2)
     return table
+
+
+def _counted(names: Iterable[str]) -> str:
+    """Names in order, repeated ones once with their number."""
+    counts = Counter(names)
+    return ", ".join(name if count == 1 else f"{name} ×{count}" for name, count in counts.items())
 
 
 def _figure(number: float | None) -> str:
