@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -235,17 +235,22 @@ class _Lossy:
 
     def _attempt(self, names: frozenset[str]) -> Attempt:
         fitted = calibrate(
-            self._graph, self._match, self._samples.fit, convert=names, seed=self._seed
+            self._graph, self._match, self._samples.fit, convert=self._tied(names), seed=self._seed
         )
         measured = self._planning.measure(self._rewritten(fitted))
-        return Attempt(fitted.converted, fitted, measured)
+        return Attempt(names & fitted.converted, fitted, measured)
 
     def _rewritten(self, fitted: Calibration) -> Graph:
         return rewrite(self._graph, self._match, fitted, fitted.converted)
 
     def _alone(self, fitted: Calibration, name: str) -> float:
-        alone = rewrite(self._graph, self._match, fitted, {name})
+        alone = rewrite(self._graph, self._match, fitted, self._tied({name}))
         return self._planning.measure(alone).error
+
+    def _tied(self, names: Collection[str]) -> frozenset[str]:
+        """The sites together with later calls of the same modules."""
+        followers = (site.name for site in self._match.sites if site.tied_to in names)
+        return frozenset((*names, *followers))
 
     def _reference(self, part: str) -> Reference:
         samples = getattr(self._samples, part)
@@ -299,10 +304,12 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _candidates(found: Match, exclude: Sequence[str]) -> list[str]:
+    """The sites that may be converted; a module's first call stands for all of its calls."""
+    kept = {site.tied_to or site.name for site in found.sites if _excluded(site.name, exclude)}
     return [
         site.name
         for site in found.sites
-        if not site.kind.lossless and not _excluded(site.name, exclude)
+        if not site.kind.lossless and site.tied_to is None and site.name not in kept
     ]
 
 
@@ -353,8 +360,9 @@ def _site_report(site: NormSite, planned: Plan | None, isolated: Calibration | N
     chosen = None if planned is None else planned.chosen
     calibration = isolated if chosen is None else chosen.calibration
     fit = None if calibration is None else calibration.fits.get(site.name)
-    converted = site.kind.lossless or (planned is not None and site.name in planned.converted)
-    sensitivity = None if planned is None else planned.sensitivities.get(site.name)
+    stands_for = site.tied_to or site.name
+    converted = site.kind.lossless or (planned is not None and stands_for in planned.converted)
+    sensitivity = None if planned is None else planned.sensitivities.get(stands_for)
     parameters = fit.parameters if fit is not None and converted else None
     return SiteReport(
         name=site.name,

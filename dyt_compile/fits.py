@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from .dyt import DytParameters
+from .dyt import DytParameters, evaluate
 
-__all__ = ["Fit", "RowSample", "fit_diagonal"]
+__all__ = ["Fit", "RowSample", "fit_diagonal", "relative_error"]
 
 Array = npt.NDArray[np.float32]
 Statistics = npt.NDArray[np.float64]
@@ -86,16 +86,19 @@ def fit_diagonal(x: Array, y: Array) -> Fit | str:
     alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale)
     held = np.arange(len(x)) % HELD_OUT == 0
     trial = _regress(x[~held], y[~held], alpha)
-    missed = np.tanh(np.float32(alpha) * x[held]) * trial.gamma + trial.beta - y[held]
-    length = float(np.linalg.norm(y[held]))
-    error = float(np.linalg.norm(missed)) / length if length else 0.0
-    final = _regress(x, y, alpha)
-    parameters = DytParameters(
-        alpha=np.array([alpha], np.float32),
-        gamma=final.gamma.astype(np.float32),
-        beta=final.beta.astype(np.float32),
+    error = relative_error(_parameters(alpha, trial), x[held], y[held])
+    return Fit(_parameters(alpha, _regress(x, y, alpha)), error)
+
+
+def relative_error(parameters: DytParameters, x: Array, y: Array) -> float:
+    """||y' - y|| / ||y|| for the values on rows of x and y; 0 where y is 0."""
+    shaped = replace(
+        parameters,
+        gamma=None if parameters.gamma is None else parameters.gamma.ravel(),
+        beta=None if parameters.beta is None else parameters.beta.ravel(),
     )
-    return Fit(parameters, error)
+    length = float(np.linalg.norm(y))
+    return float(np.linalg.norm(evaluate(shaped, x) - y)) / length if length else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +106,14 @@ class _Regression:
     gamma: Statistics
     beta: Statistics
     residue: float
+
+
+def _parameters(alpha: float, regression: _Regression) -> DytParameters:
+    return DytParameters(
+        alpha=np.array([alpha], np.float32),
+        gamma=regression.gamma.astype(np.float32),
+        beta=regression.beta.astype(np.float32),
+    )
 
 
 def _best_alpha(x: Array, y: Array, scale: float) -> float:

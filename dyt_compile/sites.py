@@ -38,6 +38,7 @@ class NormSite:
     axes: the normalized axes, counted from the end; eps: added to the mean of squares.
     affine: which of "gamma", "beta" the site applies; consumers: operators that read it.
     parallel_residual: another site normalizes the same value.
+    tied_to: the site of the module's first call, None for that itself; both share their values.
     """
 
     name: str
@@ -49,6 +50,7 @@ class NormSite:
     dtype: str | None
     consumers: tuple[str, ...]
     parallel_residual: bool
+    tied_to: str | None
     input: Value = field(repr=False, compare=False)
     output: Value = field(repr=False, compare=False)
     alpha: Value | None = field(default=None, repr=False, compare=False)
@@ -78,6 +80,7 @@ class NormSite:
             "dtype": self.dtype,
             "consumers": list(self.consumers),
             "parallel_residual": self.parallel_residual,
+            "tied_to": self.tied_to,
         }
 
 

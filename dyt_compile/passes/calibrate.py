@@ -7,7 +7,7 @@ norm puts out for the same samples. What waits between the parts lies on a shelf
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..calibration import Calibration, SiteFit, SiteSketch
 from ..data import Part, attention_mask
 from ..dyt import DytParameters, evaluate
-from ..fits import Fit, RowSample, fit_diagonal
+from ..fits import Fit, RowSample, fit_diagonal, relative_error
 from ..graphs.base import Graph
 from ..graphs.cuts import Stage, stages
 from ..progress import track
@@ -38,18 +38,24 @@ def calibrate(
     """Fits of every lossy site, the sites named in `convert` applied as the walk goes.
 
     With `convert` empty, every site is fitted on the original's own activations. A site that
-    cannot be fitted keeps its norm, and its fit says why. Deterministic for a seed and an order
-    of the samples, whatever their batches. Memory does not grow with the samples.
+    cannot be fitted keeps its norm, and its fit says why. Calls of one module share their values:
+    they are fitted together, the later ones on the original's activations. Deterministic for a
+    seed and an order of the samples, whatever their batches. Memory does not grow with the samples.
     """
     sites = [site for site in match.sites if not site.kind.lossless]
     fits: dict[str, SiteFit] = {}
     with Shelf(graph) as shelf:
+        later_calls = _later_calls(graph, sites, shelf, samples, seed)
         walk = _Walk(graph, shelf, samples)
         for stage, following, site in zip(
             *_paired(stages(graph, sites)), track(sites, "calibrating", len(sites)), strict=True
         ):
             walk.advance(stage)
-            fits[site.name] = walk.fit(site, seed)
+            sample = walk.observe(site, seed)
+            if site.tied_to is None:
+                fits[site.name] = _fit(site, sample, later_calls.get(site.name, ()))
+            else:
+                fits[site.name] = _follow(fits[site.tied_to], site, sample)
             applied = fits[site.name].parameters if site.name in convert else None
             walk.apply(site, applied, following)
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
@@ -69,6 +75,43 @@ def fingerprint(graph: Graph, match: Match) -> tuple[SiteSketch, ...]:
         )
         for site in match.sites
     )
+
+
+def _later_calls(
+    graph: Graph, sites: Sequence[NormSite], shelf: Shelf, samples: Part, seed: int
+) -> dict[str, list[RowSample]]:
+    """What the second and later calls of a module see in the original, by the first call's site."""
+    found: dict[str, list[RowSample]] = {}
+    if all(site.tied_to is None for site in sites):
+        return found
+    walk = _Walk(graph, shelf, samples)
+    for stage, following, site in zip(*_paired(stages(graph, sites)), sites, strict=True):
+        walk.advance(stage)
+        sample = walk.observe(site, seed)
+        if site.tied_to is not None:
+            found.setdefault(site.tied_to, []).append(sample)
+        walk.apply(site, None, following)
+    return found
+
+
+def _fit(site: NormSite, sample: RowSample, others: Iterable[RowSample]) -> SiteFit:
+    own, _ = sample.rows()
+    median, peak = _sigma(own, centred=site.kind is NormKind.LAYER_NORM)
+    for other in others:
+        sample.add(*other.rows())
+    fit = fit_diagonal(*sample.rows())
+    if isinstance(fit, Fit):
+        return SiteFit(_shaped(fit.parameters, site), fit.error, None, median, peak)
+    return SiteFit(None, None, fit, median, peak)
+
+
+def _follow(first: SiteFit, site: NormSite, sample: RowSample) -> SiteFit:
+    """The fit of a later call of a module: the values of the first, the error on its own rows."""
+    x, y = sample.rows()
+    median, peak = _sigma(x, centred=site.kind is NormKind.LAYER_NORM)
+    if first.parameters is None:
+        return SiteFit(None, None, first.reason, median, peak)
+    return SiteFit(first.parameters, relative_error(first.parameters, x, y), None, median, peak)
 
 
 def _paired(staged: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
@@ -99,8 +142,8 @@ class _Walk:
                 for value, result in zip(stage.made, results, strict=True):
                     values[value] = self._shelf.keep(result, value)
 
-    def fit(self, site: NormSite, seed: int) -> SiteFit:
-        """Observe the site's input in the converted and its output in the original model."""
+    def observe(self, site: NormSite, seed: int) -> RowSample:
+        """Rows of the site's input in the converted and of its output in the original model."""
         sample, norm = RowSample(seed), self._graph.segment([site.input], [site.output])
         for original, converted, mask in zip(
             self._original, self._converted, self._masks, strict=True
@@ -111,13 +154,7 @@ class _Walk:
             layout = _Layout(site, x.shape)
             counted = layout.counted(mask)
             sample.add(layout.rows(x)[counted], layout.rows(self._graph.to_array(y))[counted])
-        x_rows, y_rows = sample.rows()
-        fit = fit_diagonal(x_rows, y_rows)
-        median, peak = _sigma(x_rows, centred=site.kind is NormKind.LAYER_NORM)
-        if isinstance(fit, Fit):
-            shaped = _shaped(fit.parameters, site)
-            return SiteFit(shaped, fit.error, None, median, peak)
-        return SiteFit(None, None, fit, median, peak)
+        return sample
 
     def apply(self, site: NormSite, parameters: DytParameters | None, following: Stage) -> None:
         """Put the site's output into the converted model, and drop what is used no more."""

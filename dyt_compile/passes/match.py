@@ -11,6 +11,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from ..graphs.base import Graph
 from ..proof import Miss, NormalForm, Piece, Prover
@@ -232,6 +233,7 @@ def _with_affine(piece: Piece, form: NormalForm, prover: Prover, outputs: set[Va
         dtype=source.dtype,
         consumers=_consumers(grown.output, outputs),
         parallel_residual=False,
+        tied_to=None,
         input=source,
         output=grown.output,
         gamma=gamma,
@@ -311,6 +313,7 @@ def _dyt_site(
         dtype=source.dtype,
         consumers=_consumers(end, outputs or set()),
         parallel_residual=False,
+        tied_to=None,
         input=source,
         output=end,
         alpha=parameters.get("alpha"),
@@ -414,12 +417,18 @@ def _named(model: str, found: _Found) -> Match:
     """The match in execution order, each site under a name of its own."""
     sites = sorted(found.sites, key=lambda site: _position(site.output))
     readers = Counter(id(site.input) for site in sites)
-    calls: Counter[str] = Counter()
-    unique: list[NormSite] = []
+    calls: dict[str, list[NormSite]] = {}
     for site in sites:
-        calls[site.name] += 1
-        name = site.name if calls[site.name] == 1 else f"{site.name}#{calls[site.name]}"
-        shared = readers[id(site.input)] > 1
-        unique.append(replace(site, name=name, parallel_residual=shared))
+        known = calls.setdefault(site.name, [])
+        tied = bool(known) and (known[0].gamma, known[0].beta) == (site.gamma, site.beta)
+        known.append(
+            replace(
+                site,
+                name=site.name if not known else f"{site.name}#{len(known) + 1}",
+                parallel_residual=readers[id(site.input)] > 1,
+                tied_to=site.name if tied and not site.kind.lossless else None,
+            )
+        )
+    unique = sorted(chain(*calls.values()), key=lambda site: _position(site.output))
     refusals = tuple(refusal for _, refusal in sorted(found.refusals, key=lambda r: r[0]))
     return Match(model, tuple(unique), refusals)

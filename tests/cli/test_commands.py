@@ -88,7 +88,7 @@ def test_inspect_writes_the_sites_as_json(model: str, tmp_path: Path) -> None:
     assert found["sites"][0] == {
         "name": "0.norm", "kind": "layer_norm", "channels": 8, "axes": [-1], "eps": 1e-5,
         "affine": ["gamma", "beta"], "dtype": "float32", "consumers": ["linear"],
-        "parallel_residual": False,
+        "parallel_residual": False, "tied_to": None,
     }  # fmt: skip
 
 
