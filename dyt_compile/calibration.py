@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,11 +10,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
 from .dyt import PARAMETERS, DytParameters
 from .errors import CalibrationError
 from .files import replaced
+from .sites import NormKind
 
-__all__ = ["Calibration", "SiteFit", "SiteSketch"]
+__all__ = ["Calibration", "SiteFit", "SiteSketch", "digest", "near", "sketch"]
 
 VERSION = 1
 SKETCH_TOLERANCE = 0.02
@@ -24,7 +30,8 @@ SKETCH_TOLERANCE = 0.02
 class SiteSketch:
     """What a site is known by across torch, ONNX and dtypes: its form and its affine part.
 
-    gamma, beta: mean and root mean square, None where the site has none.
+    gamma, beta: mean and root mean square, None where the site has none. digest: of the learned
+    gamma, as `digest` makes it; torch.compile knows a site by it. Files of before it have None.
     """
 
     kind: str
@@ -33,14 +40,19 @@ class SiteSketch:
     eps: float
     gamma: tuple[float, float] | None
     beta: tuple[float, float] | None
+    digest: str | None = None
 
     def agrees(self, other: SiteSketch) -> bool:
-        """Whether both describe the same site, up to rounding."""
+        """Whether both describe the same site, up to rounding; digests take no part."""
+        return (
+            self.same_form(other) and near(self.gamma, other.gamma) and near(self.beta, other.beta)
+        )
+
+    def same_form(self, other: SiteSketch) -> bool:
+        """Whether both describe the same norm, whatever its affine part holds."""
         if (self.kind, self.channels, self.axes) != (other.kind, other.channels, other.axes):
             return False
-        if abs(self.eps - other.eps) > SKETCH_TOLERANCE * max(self.eps, other.eps):
-            return False
-        return _near(self.gamma, other.gamma) and _near(self.beta, other.beta)
+        return abs(self.eps - other.eps) <= SKETCH_TOLERANCE * max(self.eps, other.eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +92,7 @@ class Calibration:
         about = {
             "version": VERSION,
             "converted": sorted(self.converted),
-            "fingerprint": [vars(sketch) for sketch in self.fingerprint],
+            "fingerprint": [vars(site) for site in self.fingerprint],
             "fits": {name: _figures(fit) for name, fit in self.fits.items()},
         }
         with replaced(Path(path)) as temporary:
@@ -103,7 +115,7 @@ class Calibration:
                 fits=MappingProxyType(
                     {name: _fit(name, fit, arrays) for name, fit in about["fits"].items()}
                 ),
-                fingerprint=tuple(_sketch(sketch) for sketch in about["fingerprint"]),
+                fingerprint=tuple(_sketch(site) for site in about["fingerprint"]),
                 converted=frozenset(about["converted"]),
             )
         except CalibrationError:
@@ -116,6 +128,35 @@ class Calibration:
         return len(fingerprint) == len(self.fingerprint) and all(
             a.agrees(b) for a, b in zip(self.fingerprint, fingerprint, strict=True)
         )
+
+    def sketches(self) -> dict[str, SiteSketch]:
+        """The sketch of each calibrated site by its name, in execution order.
+
+        Raises CalibrationError where fits and fingerprint are not of the same sites.
+        """
+        lossy = [site for site in self.fingerprint if not NormKind(site.kind).lossless]
+        if len(lossy) != len(self.fits):
+            raise CalibrationError(
+                f"the calibration has fits of {len(self.fits)} sites, and sketches of {len(lossy)}"
+            )
+        return dict(zip(self.fits, lossy, strict=True))
+
+
+def sketch(array: npt.NDArray[Any]) -> tuple[float, float]:
+    """Mean and root mean square."""
+    wide = array.astype(np.float64)
+    return float(wide.mean()), float(np.sqrt((wide * wide).mean()))
+
+
+def digest(array: npt.NDArray[Any]) -> str | None:
+    """What a gamma is known by: blake2b of it in bfloat16, so that copies in float32 agree.
+
+    None where all values are the same: that (ones, above all) tells no layer from another.
+    """
+    rounded = array.astype(np.float32).astype(ml_dtypes.bfloat16).ravel().view(np.uint16)
+    if rounded.size == 0 or (rounded == rounded[0]).all():
+        return None
+    return hashlib.blake2b(rounded.tobytes(), digest_size=16).hexdigest()
 
 
 def _figures(fit: SiteFit) -> dict[str, Any]:
@@ -140,7 +181,8 @@ def _sketch(data: dict[str, Any]) -> SiteSketch:
     return SiteSketch(**data)
 
 
-def _near(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool:
+def near(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool:
+    """Whether two sketches of a parameter agree, up to rounding; absent ones only agree."""
     if a is None or b is None:
         return a is b
     scale = max(abs(a[1]), abs(b[1]))  # the root mean square bounds the mean

@@ -97,6 +97,16 @@ class Value:
         self.producer: Term | None = None
         self.consumers: list[Term] = []
 
+    def learned(self) -> Value | None:
+        """The one tensor that this constant is computed from, itself if none computes it.
+
+        None where it is computed from several, or from none.
+        """
+        if self.producer is None:
+            return self
+        sources = {v.learned() for v in self.producer.operands if v.scalar is None}
+        return sources.pop() if len(sources) == 1 else None
+
     def __repr__(self) -> str:
         return f"Value({self.name!r}, shape={self.shape}, dtype={self.dtype})"
 

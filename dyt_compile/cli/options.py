@@ -10,7 +10,10 @@ import typer
 
 __all__ = ["BatchSize", "Data", "Model", "Provider", "ProviderName", "Verbose"]
 
-MODEL_HELP = "An .onnx file, a .pt2 file, file.py:function or package.module:function."
+MODEL_HELP = (
+    "An .onnx file, a .pt2 file, a Hugging Face folder, file.py:function or "
+    "package.module:function."
+)
 DATA_HELP = "An .npz file, a folder of them, or file.py:function yielding tuples or dicts."
 
 

@@ -32,13 +32,13 @@ class Source:
 
 
 def load_model(text: str) -> Source:
-    """MODEL: an .onnx or .pt2 file, file.py:function or package.module:function.
+    """MODEL: an .onnx or .pt2 file, a Hugging Face folder, or package.module:function.
 
     The function, which is the user's own code, returns (model, args) or (model, args, kwargs).
     """
-    if Path(text).suffix in (".onnx", ".pt2"):
+    if Path(text).suffix in (".onnx", ".pt2") or Path(text).is_dir():
         return Source(Path(text))
-    function = _function(text, "MODEL", "an .onnx file, a .pt2 file")
+    function = _function(text, "MODEL", "an .onnx file, a .pt2 file, a folder")
     found = function()
     if isinstance(found, tuple) and len(found) in (2, 3) and isinstance(found[1], (tuple, list)):
         model, args, *rest = found

@@ -182,17 +182,19 @@ def _kept_norms(model: ir.Model) -> set[ir.Node]:
 def _name_axes(model: ir.Model) -> None:
     """Call the symbol of axis 0 "batch", as it says in files made by hand, instead of "s31"."""
     first = next((v for v in model.graph.inputs if v.shape and not v.shape.is_static(0)), None)
-    symbol = None if first is None or first.shape is None else str(first.shape[0])
-    if symbol is None or not symbol.isidentifier():
+    symbol = None if first is None or first.shape is None else first.shape[0]
+    if not isinstance(symbol, ir.SymbolicDim) or symbol.value is None:
         return
+    whole_word = re.compile(rf"\b{re.escape(symbol.value)}\b")
     for value in _all_values(model):
         if value.shape is not None:
-            value.shape = ir.Shape(
-                [
-                    size if isinstance(size, int) else re.sub(rf"\b{symbol}\b", "batch", str(size))
-                    for size in value.shape
-                ]
-            )
+            value.shape = ir.Shape([_renamed(size, whole_word) for size in value.shape])
+
+
+def _renamed(size: int | ir.SymbolicDim, symbol: re.Pattern[str]) -> int | str | None:
+    if isinstance(size, int):
+        return size
+    return None if size.value is None else symbol.sub("batch", size.value)
 
 
 def _all_values(model: ir.Model) -> list[ir.Value]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -35,6 +36,7 @@ class FxGraph:
 
     module: a GraphModule of aten operators, parameters as `get_attr` nodes.
     args, kwargs: the example it was traced with; needed to export it again.
+    weights: placeholders that hold weights, as Dynamo lifts them: their path and whether learned.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class FxGraph:
         module: torch.fx.GraphModule,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        weights: Mapping[torch.fx.Node, tuple[str, bool]] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self.args = args
         self.kwargs = kwargs
         self._module = module
+        self._weights = weights
         for node in list(module.graph.nodes):
             if _schema_name(node) in NO_EFFECT:
                 module.graph.erase_node(node)
@@ -56,7 +60,7 @@ class FxGraph:
         self.terms: list[Term] = []
         for node in module.graph.nodes:
             self._say(node)
-        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder" and n not in weights]
         self.inputs = {str(n.target): self._values[n] for n in placeholders}
         self.outputs = self._name_outputs()
 
@@ -64,6 +68,10 @@ class FxGraph:
     def model(self) -> torch.fx.GraphModule:
         """The module itself, called like the model that it was traced from."""
         return self._module
+
+    def value_of(self, node: torch.fx.Node) -> Value | None:
+        """The value that a node of the module computes, None for nodes without one."""
+        return self._values.get(node)
 
     def program(self) -> torch.export.ExportedProgram:
         """The module as an exported program again, with the dynamic axes that it has."""
@@ -207,6 +215,9 @@ class FxGraph:
             shape = tuple(size if isinstance(size, int) else None for size in sizes)
             dtype = _dtype_name(seen.dtype)
         scalar = scalar_of(node) if node.op == "call_function" else None
+        if node in self._weights:
+            path, learned = self._weights[node]
+            return Value(node, path, shape, dtype, constant=True, parameter=learned)
         constant = node.op == "get_attr" or scalar is not None
         return Value(node, node.name, shape, dtype, constant=constant, scalar=scalar)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration import Calibration, SiteFit, SiteSketch
+from ..calibration import Calibration, SiteFit, SiteSketch, digest, sketch
 from ..data import Part, attention_mask
 from ..dyt import DytParameters, evaluate
 from ..fits import Fit, RowSample, fit_diagonal, relative_error
@@ -72,6 +72,7 @@ def fingerprint(graph: Graph, match: Match) -> tuple[SiteSketch, ...]:
             site.eps,
             _sketch(graph, site.gamma),
             _sketch(graph, site.beta),
+            _digest(graph, site.gamma),
         )
         for site in match.sites
     )
@@ -233,7 +234,11 @@ def _sigma(rows: Array, *, centred: bool) -> tuple[float | None, float | None]:
 
 def _sketch(graph: Graph, value: Value | None) -> tuple[float, float] | None:
     array = None if value is None else graph.constant(value)
-    if array is None:
-        return None
-    wide = array.astype(np.float64)
-    return float(wide.mean()), float(np.sqrt((wide * wide).mean()))
+    return None if array is None else sketch(array)
+
+
+def _digest(graph: Graph, gamma: Value | None) -> str | None:
+    """The digest of what is learned of a gamma: of w where the norm multiplies by 1 + w."""
+    source = None if gamma is None else gamma.learned()
+    array = None if source is None else graph.constant(source)
+    return None if array is None else digest(array)

@@ -12,6 +12,7 @@ import numpy as np
 from ..batches import as_arguments
 from ..errors import CaptureError, DataError, OptionError, first_line
 from ..graphs.base import Graph
+from ..huggingface import example_inputs, is_folder, load_folder
 
 if TYPE_CHECKING:
     import torch
@@ -34,13 +35,16 @@ def capture(
     """The graph of a model.
 
     model: `nn.Module`, `ExportedProgram`, `GraphModule`, `onnx_ir.Model`, or the path of an
-    `.onnx` or `.pt2` file. args, kwargs: an example of its inputs; needed for modules alone.
+    `.onnx` file, a `.pt2` file or a Hugging Face folder (config.json and safetensors).
+    args, kwargs: an example of its inputs; needed for modules alone.
     dynamic_shapes: as for `torch.export.export`; by default axis 0 of every tensor is dynamic,
     and every axis whose length differs between the example and `batches`.
     A module is traced in evaluation mode, and left in the mode that it had.
 
     Raises CaptureError if the model cannot be read or traced, OptionError for other types.
     """
+    if isinstance(model, (str, Path)) and is_folder(Path(model)):
+        return _from_folder(Path(model), args, dict(kwargs or {}), batches, dynamic_shapes)
     if isinstance(model, (str, Path)):
         return _from_file(Path(model), provider)
     kind = f"{type(model).__module__}.{type(model).__name__}"
@@ -54,7 +58,7 @@ def capture(
         return _from_module(model, args, dict(kwargs or {}), batches, dynamic_shapes)
     raise OptionError(
         f"model is a {kind}; allowed: nn.Module, ExportedProgram, GraphModule, onnx_ir.Model, "
-        "or the path of an .onnx or .pt2 file"
+        "or the path of an .onnx file, a .pt2 file or a Hugging Face folder"
     )
 
 
@@ -80,7 +84,24 @@ def _from_file(path: Path, provider: str) -> Graph:
         finally:
             logger.setLevel(level)
         return _from_program(program, path.stem)
-    raise OptionError(f"model file {str(path)!r} ends in {path.suffix!r}; allowed: .onnx, .pt2")
+    raise OptionError(
+        f"model file {str(path)!r} ends in {path.suffix!r}; allowed: .onnx, .pt2, "
+        "or a folder with a config.json"
+    )
+
+
+def _from_folder(
+    path: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batches: Iterable[Any],
+    dynamic_shapes: Any,
+) -> Graph:
+    model = load_folder(path)
+    if not args and not kwargs:
+        kwargs = example_inputs(model, length=8)
+        batches = [example_inputs(model, length=9)]  # so that the axis of tokens is dynamic
+    return _from_module(model, args, kwargs, batches, dynamic_shapes)
 
 
 def _from_module(

@@ -1,0 +1,90 @@
+"""Models in local Hugging Face folders (config.json and safetensors), read by transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CaptureError, MissingDependencyError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["example_inputs", "is_folder", "load_folder"]
+
+ROWS = 2
+SECOND = 16_000
+"""Samples of speech, at the rate of every speech model in transformers."""
+
+
+def is_folder(path: Path) -> bool:
+    """Whether the path is a folder that holds a config.json."""
+    return (path / "config.json").is_file()
+
+
+def load_folder(path: Path) -> torch.nn.Module:
+    """The model of a folder, of the class that its config names, in evaluation mode.
+
+    Only safetensors are read, and no code of the folder runs. Raises CaptureError, or
+    MissingDependencyError without transformers.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingDependencyError("transformers", "huggingface")
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+        name = next(iter(config.architectures or ()), "AutoModel")
+        family = getattr(transformers, name, transformers.AutoModel)
+        model = family.from_pretrained(
+            path, config=config, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:
+        raise CaptureError(
+            f"transformers cannot load the folder {str(path)!r}: {first_line(error)}"
+        ) from error
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # a cache is no output that a converted model is used for
+    loaded: torch.nn.Module = model.eval()
+    return loaded
+
+
+def example_inputs(model: Any, length: int) -> dict[str, torch.Tensor]:
+    """Keyword arguments that a transformers model takes; `length`: tokens, where it takes tokens.
+
+    Raises CaptureError for a kind of input that is not known here.
+    """
+    import torch
+
+    config = model.config
+    name = str(model.main_input_name)
+    tokens = torch.arange(ROWS * length).reshape(ROWS, length) % int(_of(config, "vocab_size", 2))
+    if name == "input_ids":
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    elif name == "pixel_values":
+        size = _of(config, "image_size", 224)
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        channels = int(_of(config, "num_channels", 3))
+        inputs = {"pixel_values": torch.zeros(ROWS, channels, int(height), int(width))}
+    elif name == "input_values":
+        inputs = {"input_values": torch.zeros(ROWS, SECOND)}
+    elif name == "input_features":
+        frames = 2 * int(_of(config, "max_source_positions", 1500))
+        inputs = {"input_features": torch.zeros(ROWS, int(_of(config, "num_mel_bins", 80)), frames)}
+    else:
+        raise CaptureError(
+            f"{type(model).__name__} takes {name!r}, for which no example is known: pass data"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens
+    return inputs
+
+
+def _of(config: Any, name: str, default: Any) -> Any:
+    """A setting of a config, or of the vision or text config that it holds."""
+    parts = (getattr(config, f"{part}_config", None) for part in ("vision", "text"))
+    found = (getattr(place, name, None) for place in (config, *parts))
+    return next((value for value in found if value is not None), default)
