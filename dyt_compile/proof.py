@@ -1,7 +1,8 @@
 """What a piece of a graph computes, found by running it: one prover for every world and spelling.
 
 The piece is interpreted in float64 on random rows, some of them as small as eps, with random
-parameters. If it is a norm, (x / y)^2 is a straight line in the row's mean of squares,
+parameters. With beta taken off and gamma divided out, it is a norm if (x / y)^2 is a straight line
+in the row's mean of squares,
 
     (x / y)^2 = slope * mean(x^2) + intercept,
 
@@ -11,22 +12,26 @@ element-wise part is named as what it is: unbiased variance, eps outside the roo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from . import dyt
-from .terms import Op, Term, Value, has_meaning, interpret
+from .terms import Op, Term, Value, interpret
 
-__all__ = ["Miss", "NormalForm", "Piece", "Prover"]
+__all__ = ["Miss", "NormalForm", "Piece", "Proof", "Prover"]
 
 Array = npt.NDArray[np.float64]
 
 ROWS = 12
 TOLERANCE = 1e-7
 """Relative; float64 leaves about 1e-9 after E[x^2] - E[x]^2 on the rows used here."""
+
+ROW_SIZES = (4, 3, 5, 2, 7)
+"""Lengths that probes give to axes other than the normalized one: all different, so that a
+statistic along one of them is not taken for a statistic along another."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,19 @@ class NormalForm:
 
 @dataclass(frozen=True)
 class Miss:
-    """Why a piece that looks like a norm is none, in one sentence."""
+    """Why a piece is no norm, in one sentence; `near` if it is a normalization of some kind."""
 
     reason: str
+    near: bool = True
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A piece equals gamma * form(x) + beta; places of gamma and beta among its constants."""
+
+    form: NormalForm
+    gamma: int | None
+    beta: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +76,24 @@ class Piece:
                 found.add(_from_the_end(term))
         return found.pop() if len(found) == 1 else None
 
+    def constants(self) -> tuple[Value, ...]:
+        """The constants that it reads, known scalars left out, in the order of their first use."""
+        read = (value for term in self.terms for value in term.operands)
+        return tuple(dict.fromkeys(v for v in read if v.constant and v.scalar is None))
+
     def signature(self) -> tuple[object, ...]:
-        """Equal for pieces that compute the same function of their input and parameters."""
-        numbers: dict[Value, object] = {self.input: ("x", self.input.shape)}
-        lines: list[object] = [self.input.shape]
+        """Equal for pieces that compute the same function of their input and constants."""
+        numbers: dict[Value, int] = {self.input: 0}
+        lines: list[object] = [self.input.shape, self.output.shape]
+        for value in self.constants():
+            numbers[value] = len(numbers)
+            lines.append(value.shape)
         for term in self.terms:
             operands = tuple(
-                numbers.setdefault(operand, _leaf(operand, len(numbers)))
-                if isinstance(operand, Value)
-                else operand
-                for operand in term.inputs
+                ("value", numbers[v])
+                if isinstance(v, Value) and v in numbers
+                else ("number", v.scalar if isinstance(v, Value) else v)
+                for v in term.inputs
             )
             numbers[term.output] = len(numbers)
             lines.append((term.op, operands, tuple(sorted(map(str, term.attributes.items())))))
@@ -81,104 +104,84 @@ class Prover:
     """Identifies pieces; equal structures share one proof."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], NormalForm | Miss] = {}
-        self._proved: dict[tuple[object, ...], bool] = {}
+        self._known: dict[tuple[object, ...], Proof | Miss] = {}
 
-    def identify(self, piece: Piece) -> NormalForm | Miss:
-        """The normal form of a piece, its own affine part left out, or why it has none."""
+    def identify(self, piece: Piece) -> Proof | Miss:
+        """What norm the piece is, with which of its constants as gamma and beta, or why none."""
         key = piece.signature()
         if key not in self._known:
             self._known[key] = _identify(piece)
         return self._known[key]
 
-    def holds(
-        self, piece: Piece, form: NormalForm, gamma: Value | None, beta: Value | None
-    ) -> bool:
-        """Whether the piece equals `gamma * form(x) + beta` on random input and parameters."""
-        key = (*piece.signature(), form)
-        if key not in self._proved:
-            random = _Leaves(seed=1)
-            x = _probe(piece.input, form.axes, like=gamma or beta)
-            with np.errstate(all="ignore"):
-                y = run(piece, x, random)
-                expected = _apply(form, x)
-                expected = _affine(expected, gamma, beta, random)
-            self._proved[key] = _close(y, expected)
-        return self._proved[key]
-
     def holds_dyt(self, piece: Piece, parameters: Mapping[str, Value], squash: str) -> bool:
         """Whether the piece equals DyT or Derf of its input, on random input and parameters."""
-        random = _Leaves(seed=2)
-        x = _probe(piece.input, (-1,), like=parameters.get("gamma"))
-        values = {name: random.value(value) for name, value in parameters.items()}
-        y = run(piece, x, random)
-        return _close(y, dyt.evaluate(dyt.DytParameters(squash=squash, **values), x))
+        axes = (-1,)
+        read = dict.fromkeys((*piece.constants(), *parameters.values()))
+        constants = {value: _random(value, seed) for seed, value in enumerate(read)}
+        values = {name: constants[value] for name, value in parameters.items()}
+        x = _probe(piece, axes, tuple(read))
+        y = _run(piece, x, constants)
+        return y is not None and _close(
+            y, dyt.evaluate(dyt.DytParameters(squash=squash, **values), x)
+        )
 
 
-def run(piece: Piece, x: Array, leaves: _Leaves, *, bare: bool = False) -> Array:
-    """The value of a piece for an input and the values of its constants.
-
-    bare: leave out the affine part that whole norm operators bring along.
-    """
-    values: dict[Value, Array] = {piece.input: x}
-    for term in piece.terms:
-        inputs = [
-            (values[v] if v in values else leaves.value(v)) if isinstance(v, Value) else v
-            for v in term.inputs
-        ]
-        whole = term.op in (Op.LAYER_NORM, Op.RMS_NORM)
-        values[term.output] = interpret(term, inputs[:1] if bare and whole else inputs)
-    return np.asarray(values[piece.output], np.float64)
-
-
-class _Leaves:
-    """Random values for parameters, true ones for scalars; what derives from them follows."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = np.random.default_rng(seed)
-        self._values: dict[Value, Array] = {}
-
-    def value(self, value: Value) -> Array:
-        if value not in self._values:
-            self._values[value] = self._make(value)
-        return self._values[value]
-
-    def _make(self, value: Value) -> Array:
-        if value.scalar is not None:
-            return np.asarray(value.scalar, np.float64)
-        term = value.producer
-        if term is not None and has_meaning(term.op):
-            inputs = [self.value(v) if isinstance(v, Value) else v for v in term.inputs]
-            return interpret(term, inputs)
-        return self._random.uniform(0.5, 1.5, [size or 1 for size in value.shape or ()])
-
-
-def _identify(piece: Piece) -> NormalForm | Miss:
-    axes = piece.axes()
+def _identify(piece: Piece) -> Proof | Miss:
+    axes, constants = piece.axes(), piece.constants()
     if axes is None:
-        return Miss("its reductions run over different or unknown axes")
+        return Miss("its reductions run over different or unknown axes", near=False)
     if len(axes) != 1:
         return Miss(f"it normalizes over {len(axes)} axes together, DyT has one per channel")
-    x = _probe(piece.input, axes)
-    with np.errstate(all="ignore"):
-        y = run(piece, x, _Leaves(seed=0), bare=True)
-    if y.shape != x.shape:
-        return Miss("its result has another shape than its input")
+    rank = None if piece.input.shape is None else len(piece.input.shape)
+    if rank is not None and rank > 1 and axes[0] == -rank:
+        return Miss("it normalizes over the first axis, which counts the samples", near=False)
+    if not _same_shape(piece.input, piece.output):
+        return Miss("its result has another shape than its input", near=False)
+    x = _probe(piece, axes, constants)
+    values = {value: _random(value, seed) for seed, value in enumerate(constants)}
+    y = _run(piece, x, values)
+    if y is None or y.shape != x.shape:
+        return Miss("its result has another shape than its input", near=False)
     if not np.all(np.isfinite(y)):
-        return Miss("it is not finite on ordinary input")
+        return Miss("it is not finite on ordinary input", near=False)
+    best = Miss("its result is not its input divided by one number a row", near=False)
+    for gamma, beta in _roles(constants):
+        bare = y if beta is None else y - values[constants[beta]]
+        bare = bare if gamma is None else bare / values[constants[gamma]]
+        found = _normal_form(x, bare, axes) if bare.shape == x.shape else best
+        if isinstance(found, NormalForm):
+            return Proof(found, gamma, beta)
+        if found.near and not best.near:
+            best = found
+    return best
+
+
+def _roles(constants: Sequence[Value]) -> Iterator[tuple[int | None, int | None]]:
+    """Every way in which all constants are gamma or beta: none may be left without a role."""
+    places = range(len(constants))
+    if not constants:
+        yield None, None
+    elif len(constants) == 1:
+        yield 0, None
+        yield None, 0
+    elif len(constants) == 2:
+        yield from ((gamma, 1 - gamma) for gamma in places)
+
+
+def _normal_form(x: Array, y: Array, axes: tuple[int, ...]) -> NormalForm | Miss:
     centred = x - x.mean(axis=axes, keepdims=True)
     for base, other in ((centred, x), (x, centred)):
         inverse = _inverse_square(base, y, axes)
         if inverse is not None:
             return _read(inverse, base, other, axes, is_centred=base is centred)
-    return Miss("its result is not its input (centred or not) divided by one number a row")
+    return Miss("its result is not its input divided by one number a row", near=False)
 
 
 def _inverse_square(base: Array, y: Array, axes: tuple[int, ...]) -> Array | None:
-    """(base / y)^2 of each row, None where y is not base times one number a row."""
+    """(base / y)^2 of each row, None where y is not base times one positive number a row."""
     ratio = np.sum(y * base, axis=axes) / np.sum(base * base, axis=axes)
     residue = np.abs(y - np.expand_dims(ratio, axes) * base)
-    if np.any(residue > TOLERANCE * np.abs(y).max(axis=axes, keepdims=True)):
+    if np.any(ratio <= 0) or np.any(residue > TOLERANCE * np.abs(y).max(axis=axes, keepdims=True)):
         return None
     return np.asarray(1.0 / ratio.ravel() ** 2)
 
@@ -223,41 +226,73 @@ def _judge(
     return Miss(f"it divides by {slope**0.5:.4g} times the root mean square")
 
 
-def _probe(value: Value, axes: tuple[int, ...], like: Value | None = None) -> Array:
-    """Random rows along the normalized axes, with mean squares from 1e-14 to 1e4.
+def _run(piece: Piece, x: Array, constants: Mapping[Value, Array]) -> Array | None:
+    """The value of a piece, None where its shapes do not fit together on this input."""
+    values: dict[Value, Array] = {**constants, piece.input: x}
+    try:
+        with np.errstate(all="ignore"):
+            for term in piece.terms:
+                values[term.output] = interpret(term, [_given(v, values) for v in term.inputs])
+    except (ValueError, IndexError):  # NumPy's, for operands that do not broadcast
+        return None
+    return np.asarray(values[piece.output], np.float64)
 
-    like: a gamma whose shape tells the number of channels where the value's own is unknown.
+
+def _given(value: Value | float | None, values: Mapping[Value, Array]) -> Array | float | None:
+    if not isinstance(value, Value):
+        return value
+    if value in values or value.scalar is None:
+        return values[value]
+    return np.asarray(value.scalar, np.float64)
+
+
+def _random(value: Value, seed: int) -> Array:
+    """A random constant of the value's shape; a dynamic axis has length 1."""
+    shape = [size or 1 for size in value.shape or ()]
+    return np.random.default_rng(seed).uniform(0.5, 1.5, shape)
+
+
+def _probe(piece: Piece, axes: tuple[int, ...], constants: Sequence[Value]) -> Array:
+    """Random rows along the normalized axis, with mean squares from 1e-14 to 1e4.
+
+    Other axes have small lengths, but their own where a constant varies along them.
     """
-    shape = value.shape or (None if like is None else like.shape) or (None,)
-    static = {axis % len(shape) for axis in axes if -axis <= len(shape)}
-    sizes = [size or 8 if place in static else 1 for place, size in enumerate(shape)]
-    rows = next((place for place in range(len(sizes)) if place not in static), None)
-    if rows is None:  # one row alone: its scales go to a leading axis
-        sizes = [ROWS, *sizes]
-        rows = 0
-    else:
-        sizes[rows] = ROWS
+    shape = piece.input.shape or max(
+        (value.shape for value in constants if value.shape), key=len, default=(None,)
+    )
+    sizes: list[int] = []
+    for place in range(-len(shape), 0):
+        held = next((n for n in (_length(v, place) for v in constants) if n > 1), None)
+        if place in axes:
+            sizes.append(shape[place] or held or 8)
+        elif shape[place] == 1:
+            sizes.append(1)
+        else:
+            sizes.append(held or ROW_SIZES[-1 - place] if -place <= len(ROW_SIZES) else 2)
+    places = range(-len(sizes), 0)
+    if all(place in axes or sizes[place] == 1 for place in places):
+        # One row alone is no line: its scales go to the first axis, or to one before it.
+        sizes = [ROWS, *sizes] if len(sizes) == len(axes) else [ROWS, *sizes[1:]]
     random = np.random.default_rng(7)
-    scales = np.logspace(-7, 2, ROWS).reshape([ROWS if p == rows else 1 for p in range(len(sizes))])
+    per_row = [1 if place in axes else sizes[place] for place in range(-len(sizes), 0)]
+    scales = random.permutation(np.logspace(-7, 2, int(np.prod(per_row)))).reshape(per_row)
     return np.asarray((random.normal(size=sizes) + 0.3) * scales, np.float64)
 
 
-def _apply(form: NormalForm, x: Array) -> Array:
-    base = x - x.mean(axis=form.axes, keepdims=True) if form.centred else x
-    return np.asarray(base / np.sqrt((base * base).mean(axis=form.axes, keepdims=True) + form.eps))
+def _length(value: Value, place: int) -> int:
+    shape = value.shape or ()
+    return (shape[place] or 1) if -place <= len(shape) else 1
 
 
-def _affine(y: Array, gamma: Value | None, beta: Value | None, leaves: _Leaves) -> Array:
-    if gamma is not None:
-        y = y * leaves.value(gamma)
-    return y if beta is None else y + leaves.value(beta)
+def _same_shape(a: Value, b: Value) -> bool:
+    return a.shape is None or b.shape is None or a.shape == b.shape
 
 
 def _close(a: Array, b: Array) -> bool:
     if a.shape != b.shape or not np.all(np.isfinite(a)):
         return False
     scale = np.abs(b).max(axis=-1, keepdims=True)
-    return bool(np.all(np.abs(a - b) <= 1e-5 * scale))
+    return bool(np.all(np.abs(a - b) <= 1e-9 * scale))
 
 
 def _from_the_end(term: Term) -> tuple[int, ...] | None:
@@ -268,9 +303,3 @@ def _from_the_end(term: Term) -> tuple[int, ...] | None:
     if shape is None:
         return None
     return tuple(sorted(axis % len(shape) - len(shape) for axis in axes))
-
-
-def _leaf(value: Value, number: int) -> object:
-    if value.scalar is not None:
-        return ("scalar", value.scalar)
-    return ("leaf", number, value.shape)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Alias", "Op", "Said", "Term", "Value", "has_meaning", "interpret"]
+__all__ = ["Alias", "Op", "Said", "Term", "Value", "has_meaning", "interpret", "moved_units"]
 
 Array = npt.NDArray[np.float64]
 
@@ -40,11 +40,13 @@ class Op(enum.Enum):
     MEAN = enum.auto()  # axes, keepdims
     SUM = enum.auto()  # axes, keepdims
     VARIANCE = enum.auto()  # axes, keepdims, correction
+    DEVIATION = enum.auto()  # the root of VARIANCE; axes, keepdims, correction
     LENGTH = enum.auto()  # the Euclidean norm; axes, keepdims
     CAST = enum.auto()
     EXPAND = enum.auto()
     UNSQUEEZE = enum.auto()  # axes
     SQUEEZE = enum.auto()  # axes
+    RESHAPE = enum.auto()  # moves axes of length 1 alone; sources: for each axis, its old place
     LAYER_NORM = enum.auto()  # inputs x, gamma or None, beta or None; axes, eps
     RMS_NORM = enum.auto()  # inputs x, gamma or None; axes, eps
     DYT = enum.auto()  # inputs x and those of the form; form
@@ -116,10 +118,10 @@ class Term:
 
     inputs: values, Python floats for literals, or None for an absent optional operand.
     index: its place in execution order; scope: the path of the module that it belongs to;
-    label: the operator's name in its own world.
+    label: the operator's name in its own world; within: the control flow that it stands in ("If").
     """
 
-    __slots__ = ("attributes", "index", "inputs", "label", "op", "output", "scope")
+    __slots__ = ("attributes", "index", "inputs", "label", "op", "output", "scope", "within")
 
     def __init__(
         self,
@@ -131,6 +133,7 @@ class Term:
         index: int,
         scope: str,
         label: str,
+        within: str = "",
     ) -> None:
         self.op = op
         self.inputs = tuple(inputs)
@@ -139,6 +142,7 @@ class Term:
         self.index = index
         self.scope = scope
         self.label = label
+        self.within = within
         output.producer = self
         for value in self.operands:
             value.consumers.append(self)
@@ -171,6 +175,18 @@ class Alias:
     """A node whose value is its operand's value."""
 
     operand: Any
+
+
+def moved_units(
+    before: Sequence[int | None], after: Sequence[int | None]
+) -> tuple[int | None, ...] | None:
+    """`sources` of a RESHAPE between two shapes, None where more than axes of length 1 move."""
+    kept = [place for place, size in enumerate(before) if size != 1]
+    grown = [size for size in after if size != 1]
+    if [before[place] for place in kept] != grown:
+        return None
+    places = iter(kept)
+    return tuple(None if size == 1 else next(places) for size in after)
 
 
 def interpret(term: Term, inputs: Sequence[Array | float | None]) -> Array:
@@ -209,6 +225,11 @@ def _variance(attributes: Mapping[str, Any], x: Array) -> Array:
 
 def _length(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
     return np.asarray(np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims)))
+
+
+def _reshape(attributes: Mapping[str, Any], x: Array) -> Array:
+    sources: Sequence[int | None] = attributes["sources"]
+    return np.reshape(x, [1 if source is None else x.shape[source] for source in sources])
 
 
 def _layer_norm(
@@ -266,10 +287,12 @@ _MEANING: dict[Op, Meaning] = {
     Op.SUM: _reduction(np.sum),
     Op.LENGTH: _reduction(_length),
     Op.VARIANCE: _variance,
+    Op.DEVIATION: lambda attributes, x: np.asarray(np.sqrt(_variance(attributes, x))),
     Op.CAST: _plain(lambda x: x),
     Op.EXPAND: _plain(lambda x: x),  # NumPy broadcasts where the graph expands
     Op.UNSQUEEZE: lambda attributes, x: np.expand_dims(x, attributes["axes"]),
     Op.SQUEEZE: lambda attributes, x: np.squeeze(x, attributes["axes"]),
+    Op.RESHAPE: _reshape,
     Op.LAYER_NORM: _layer_norm,
     Op.RMS_NORM: _rms_norm,
     Op.DYT: _dyt,

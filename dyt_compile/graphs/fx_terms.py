@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..dyt import DOMAIN, FORMS
-from ..terms import Alias, Op, Said
+from ..terms import Alias, Op, Said, moved_units
 
 __all__ = ["say", "scalar_of"]
 
@@ -78,6 +79,31 @@ def _variance(a: Arguments, node: torch.fx.Node) -> Said | None:
     return Said(Op.VARIANCE, (a["self"],), {**_over(a), "correction": _correction(a)})
 
 
+def _deviation(a: Arguments, node: torch.fx.Node) -> Said | None:
+    variance = _variance(a, node)
+    return None if variance is None else replace(variance, op=Op.DEVIATION)
+
+
+def _reshape(a: Arguments, node: torch.fx.Node) -> Said | Alias | None:
+    before, after = _shape(a["self"]), _shape(node)
+    if before is None or after is None:
+        return None
+    sources = moved_units(before, after)
+    if sources is None:
+        return None
+    if before == after:
+        return Alias(a["self"])
+    return Said(Op.RESHAPE, (a["self"],), {"sources": sources})
+
+
+def _shape(node: Any) -> tuple[int | None, ...] | None:
+    value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    sizes: tuple[Any, ...] = tuple(value.shape)
+    return tuple(size if isinstance(size, int) else None for size in sizes)
+
+
 def _correction(a: Arguments) -> float:
     if "unbiased" in a:
         return 1.0 if a["unbiased"] else 0.0
@@ -136,9 +162,9 @@ def _layer_norm(a: Arguments, node: torch.fx.Node) -> Said:
 
 def _rms_norm(a: Arguments, node: torch.fx.Node) -> Said:
     axes = tuple(range(-len(a["normalized_shape"]), 0))
-    dtype = _dtype(a["input"]) or torch.float32
-    # torch computes at least in float32, and takes eps from the input's own dtype
-    eps = torch.finfo(dtype).eps if a.get("eps") is None else float(a["eps"])
+    # The default is the eps of the dtype that torch computes in, which is float32 at least.
+    wide = torch.promote_types(_dtype(a["input"]) or torch.float32, torch.float32)
+    eps = torch.finfo(wide).eps if a.get("eps") is None else float(a["eps"])
     return Said(Op.RMS_NORM, (a["input"], a.get("weight")), {"axes": axes, "eps": eps})
 
 
@@ -190,6 +216,10 @@ _SAYINGS: dict[str, Saying] = {
     "mean": _reduction(Op.MEAN),
     "sum": _reduction(Op.SUM),
     "var": _variance,
+    "std": _deviation,
+    "view": _reshape,
+    "reshape": _reshape,
+    "_unsafe_view": _reshape,
     "linalg_vector_norm": _length,
     "norm": _length,
     "clamp_min": _clamp_min,

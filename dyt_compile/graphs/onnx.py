@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,17 @@ class OnnxGraph:
         ir_passes.RemoveUnusedNodesPass()(model)
         return OnnxGraph(self.name, model, self._provider)
 
-    def _say(self, node: ir.Node) -> None:
+    def _say_nested(self, node: ir.Node) -> None:
+        """The insides of If, Loop and Scan: seen, so that norms there can be refused."""
+        for graph in _subgraphs(node):
+            for value in (*graph.inputs, *graph.initializers.values()):
+                self._values[value] = _seen(value, constant=value.is_initializer())
+            for inner in graph:
+                self._order[inner] = self._order[node]
+                self._say(inner, within=node.op_type)
+
+    def _say(self, node: ir.Node, within: str = "") -> None:
+        self._say_nested(node)
         if node.op_type == "Constant" and node.domain == "":
             self._values[node.outputs[0]] = _seen(node.outputs[0], constant=True)
             return
@@ -176,7 +186,7 @@ class OnnxGraph:
             inputs = [self._values[x] if isinstance(x, ir.Value) else x for x in meant.operands]
             term = Term(
                 meant.op, inputs, value, meant.attributes,
-                index=self._order[node], scope=_scope(node), label=node.op_type,
+                index=self._order[node], scope=_scope(node), label=node.op_type, within=within,
             )  # fmt: skip
             self.terms.append(term)
 
@@ -292,13 +302,17 @@ def _copy_scope(source: ir.Node, nodes: Iterable[ir.Node]) -> None:
 def _read_by(node: ir.Node) -> list[ir.Value]:
     """What a node reads, values that its subgraphs take from outside included."""
     values = [value for value in node.inputs if value is not None]
+    for graph in _subgraphs(node):
+        values.extend(_captured(graph))
+    return values
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     for attribute in node.attributes.values():
         if attribute.type is ir.AttributeType.GRAPH:
-            values.extend(_captured(attribute.as_graph()))
+            yield attribute.as_graph()
         elif attribute.type is ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                values.extend(_captured(graph))
-    return values
+            yield from attribute.as_graphs()
 
 
 def _captured(graph: ir.Graph) -> list[ir.Value]:
@@ -316,9 +330,9 @@ def _seen(value: ir.Value, *, constant: bool = False) -> Value:
         shape = value.const_value.numpy().shape
     dtype = None if value.dtype is None else value.dtype.numpy().name
     number = scalar(value) if constant else None
-    # In ONNX a learned alpha is an initializer like any other constant: the matcher asks for a
-    # vector gamma behind it, or for a shape, before it takes a scale for a learned one.
-    learned = constant and value.is_initializer() and (shape != ())
+    # A learned number and a literal are both initializers; exporters give the learned one the
+    # path of its module, and axes.
+    learned = constant and value.is_initializer() and (shape != () or "." in str(value.name))
     return Value(
         value, str(value.name), shape, dtype, constant=constant, parameter=learned, scalar=number
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
 from ..dyt import DOMAIN, FORMS
-from ..terms import Alias, Op, Said
+from ..terms import Alias, Op, Said, moved_units
 
-__all__ = ["say", "scalar"]
+__all__ = ["filled", "say", "scalar"]
 
 
 Saying = Callable[[ir.Node], "Said | Alias | None"]
@@ -98,6 +98,59 @@ def _axes(op: Op) -> Saying:
     return saying
 
 
+def _reshape(node: ir.Node) -> Said | Alias | None:
+    source = _first(node)
+    if source.shape is None:
+        return None
+    before = tuple(size if isinstance(size, int) else None for size in source.shape)
+    after = _target(node, before)
+    sources = None if after is None else moved_units(before, after)
+    if sources is None:
+        return None
+    if before == after:
+        return Alias(source)
+    return Said(Op.RESHAPE, (source,), {"sources": sources})
+
+
+def _target(node: ir.Node, before: Sequence[int | None]) -> tuple[int | None, ...] | None:
+    """The shape that a Reshape asks for, from a constant or from a Concat of lengths."""
+    wanted = node.inputs[1] if len(node.inputs) > 1 else None
+    tensor = None if wanted is None else ir.convenience.get_const_tensor(wanted)
+    if tensor is not None:
+        sizes = [int(size) for size in tensor.numpy().ravel()]
+        return tuple(
+            before[place] if size == 0 and place < len(before) else None if size == -1 else size
+            for place, size in enumerate(sizes)
+        )
+    producer = None if wanted is None else wanted.producer()
+    if producer is None or producer.op_type != "Concat":
+        return None
+    parts = [scalar(value) for value in producer.inputs]
+    return tuple(None if part is None else int(part) for part in parts)
+
+
+def filled(node: ir.Node) -> float | None:
+    """The number that a node fills a tensor of any shape with, None for other nodes."""
+    if node.op_type == "ConstantOfShape" and node.domain == "":
+        value = node.attributes.get("value")
+        return 0.0 if value is None else float(value.as_tensor().numpy().ravel()[0])
+    if node.op_type == "Expand" and node.domain == "":
+        return scalar(node.inputs[0])
+    return None
+
+
+def _scale(node: ir.Node, place: int) -> ir.Value | None:
+    """A norm's scale; None where it is the ones that ONNX asks for and torch does not have."""
+    value = node.inputs[place] if len(node.inputs) > place else None
+    if value is None or "." in str(value.name):
+        return value  # a parameter, under the path of its module
+    producer = value.producer()
+    if producer is not None and producer.op_type != "Constant":
+        return None if filled(producer) == 1.0 else value
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is not None and (tensor.numpy() == 1).all() else value
+
+
 def _clip(node: ir.Node) -> Said | None:
     lowest = scalar(node.inputs[1]) if len(node.inputs) > 1 else None
     if lowest is None or (len(node.inputs) > 2 and node.inputs[2] is not None):
@@ -114,7 +167,8 @@ def _layer_norm(node: ir.Node) -> Said | None:
     if axes is None:
         return None
     eps = node.attributes.get_float("epsilon", 1e-5)
-    return Said(Op.LAYER_NORM, tuple(node.inputs), {"axes": axes, "eps": _decimal(eps)})
+    operands = (_first(node), _scale(node, 1), *node.inputs[2:])
+    return Said(Op.LAYER_NORM, operands, {"axes": axes, "eps": _decimal(eps)})
 
 
 def _rms_norm(node: ir.Node) -> Said | None:
@@ -122,7 +176,8 @@ def _rms_norm(node: ir.Node) -> Said | None:
     if axes is None:
         return None
     eps = node.attributes.get_float("epsilon", 1e-5)
-    return Said(Op.RMS_NORM, tuple(node.inputs[:2]), {"axes": axes, "eps": _decimal(eps)})
+    operands = (_first(node), _scale(node, 1))
+    return Said(Op.RMS_NORM, operands, {"axes": axes, "eps": _decimal(eps)})
 
 
 def _trailing(node: ir.Node) -> tuple[int, ...] | None:
@@ -166,6 +221,7 @@ _SAYINGS: dict[str, Saying] = {
     "Identity": _alias,
     "Dropout": _dropout,
     "Expand": lambda node: Said(Op.EXPAND, (_first(node),)),
+    "Reshape": _reshape,
     "Unsqueeze": _axes(Op.UNSQUEEZE),
     "Squeeze": _axes(Op.SQUEEZE),
     "LayerNormalization": _layer_norm,

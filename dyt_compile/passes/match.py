@@ -14,19 +14,19 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from ..graphs.base import Graph
-from ..proof import Miss, NormalForm, Piece, Prover
+from ..proof import Miss, Piece, Proof, Prover
 from ..sites import Match, NormKind, NormSite, Refusal
 from ..terms import Op, Term, Value, has_meaning
 
 __all__ = ["match"]
 
 WHOLE_NORMS = {Op.LAYER_NORM, Op.RMS_NORM}
-ROOTS = {Op.SQRT, Op.RSQRT, Op.POW, Op.LENGTH}
-REDUCTIONS = {Op.MEAN, Op.SUM, Op.VARIANCE, Op.LENGTH}
+ROOTS = {Op.SQRT, Op.RSQRT, Op.POW, Op.LENGTH, Op.DEVIATION}
+REDUCTIONS = {Op.MEAN, Op.SUM, Op.VARIANCE, Op.LENGTH, Op.DEVIATION}
 SCALINGS = {Op.MUL, Op.DIV}
 STATISTIC = {
     Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.SQUARE, Op.POW, Op.SQRT, Op.RSQRT,
-    Op.RECIPROCAL, Op.CAST, Op.EXPAND, Op.UNSQUEEZE, Op.SQUEEZE,
+    Op.RECIPROCAL, Op.CAST, Op.EXPAND, Op.UNSQUEEZE, Op.SQUEEZE, Op.RESHAPE,
 }  # fmt: skip
 """What may stand between a reduction and the scaling by its root."""
 
@@ -40,6 +40,15 @@ REFUSED = {
     Op.GROUP_NORM: (NormKind.GROUP_NORM, "GroupNorm's statistics run over space and channels"),
     Op.INSTANCE_NORM: (NormKind.INSTANCE_NORM, "InstanceNorm's statistics run over space"),
 }
+SHAPE_READERS = {"Shape", "Size", "sym_size"}
+"""Operators that read the shape of a value alone."""
+
+BEHIND = {Op.MUL, Op.DIV, Op.ADD, Op.SUB, Op.CAST}
+"""What may follow the scaling and still belong to the norm."""
+
+ENDS = 8
+"""Terms behind the scaling that are tried: casts, a literal, gamma, beta and their sums."""
+
 STEPS = 48
 """Terms that a piece may span; the longest known spelling (LayerNorm2d by hand) takes 14."""
 
@@ -63,53 +72,109 @@ def match(graph: Graph) -> Match:
             kind, reason = REFUSED[term.op]
             found.refusals.append((term.index, Refusal(term.scope or term.label, kind, reason)))
         elif term.op in WHOLE_NORMS:
-            _settle([term], prover, outputs, found)
+            _settle(term, prover, outputs, found, whole=True)
         elif term.op is Op.DYT:
-            _add(found, _whole_dyt(term))
+            _add(found, term, _whole_dyt(term))
         elif term.op in (Op.TANH, Op.ERF):
-            _add(found, _spelled_dyt(term, prover, outputs))
+            _add(found, term, _spelled_dyt(term, prover, outputs))
         elif term.op in ROOTS and _reduced(term):
             for scaling in _scalings(term):
                 if scaling not in found.claimed:
-                    _settle([scaling, *_rescaled(scaling, outputs)], prover, outputs, found)
+                    _settle(scaling, prover, outputs, found)
     return _named(graph.name, found)
 
 
-def _settle(ends: list[Term], prover: Prover, outputs: set[Value], found: _Found) -> None:
-    """Accept the first of `ends` that is proved, or refuse with the nearest miss."""
-    misses: list[str] = []
-    for end in ends:
+def _settle(
+    first: Term, prover: Prover, outputs: set[Value], found: _Found, *, whole: bool = False
+) -> None:
+    """Accept what ends in `first` or a little behind it, if it is proved, or refuse it."""
+    misses: list[Miss] = []
+    best: tuple[Piece, Proof] | None = None
+    end: Term | None = first
+    for _ in range(ENDS):
+        if end is None or (best is not None and _takes_more(end)):
+            break
         proved = _prove(end, prover, misses)
-        if proved is None:
-            continue
-        piece, form = proved
-        site = _with_affine(piece, form, prover, outputs)
-        found.claimed.update(site.terms)
-        found.sites.append(site.site)
+        if proved is not None and _worth_its_casts(end, proved, best):
+            best = proved
+        elif proved is None and best is not None and end.op is not Op.CAST:
+            break
+        end = _only_consumer(end.output, outputs)
+        if end is not None and end.op not in BEHIND:
+            break
+    if best is None:
+        near = [miss for miss in misses if miss.near]
+        if near or whole:
+            computed = Miss("its gamma or beta is computed from the model's inputs")
+            reason = (near or misses or [computed])[0].reason
+            refusal = Refusal(first.scope or first.output.name, NormKind.OTHER, reason)
+            found.refusals.append((first.index, refusal))
+        found.claimed.add(first)
         return
-    end = ends[0]
-    found.claimed.add(end)
-    if misses:
-        refusal = Refusal(end.scope or end.output.name, NormKind.OTHER, misses[0])
-        found.refusals.append((end.index, refusal))
+    piece, proof = best
+    found.claimed.update(piece.terms)
+    _add(found, first, _site(piece, proof, outputs))
 
 
-def _prove(end: Term, prover: Prover, misses: list[str]) -> tuple[Piece, NormalForm] | None:
+def _takes_more(end: Term) -> bool:
+    """Whether a term behind the norm combines it with another value. Before anything is proved
+    it may take a norm's own parts together: x * f + (beta - mean * f)."""
+    return end.op is not Op.CAST and sum(not v.constant for v in end.operands) > 1
+
+
+def _worth_its_casts(
+    end: Term, proved: tuple[Piece, Proof], best: tuple[Piece, Proof] | None
+) -> bool:
+    """A cast at the end is part of the norm where it restores the dtype that went in."""
+    if end.op is not Op.CAST or best is None:
+        return True
+    source = _before_casts(proved[0].input)
+    return end.output.dtype == source.dtype and best[0].output.dtype != source.dtype
+
+
+def _prove(end: Term, prover: Prover, misses: list[Miss]) -> tuple[Piece, Proof] | None:
     """The widest reading of `end` as a norm: an RMS norm of x - mean(x) is the LayerNorm of x."""
-    best: tuple[Piece, NormalForm] | None = None
+    best: tuple[Piece, Proof] | None = None
     for piece in _pieces(end):
         if best is not None and not _may_centre(best[0].input):
             break
-        form = prover.identify(piece)
-        if isinstance(form, Miss):
-            misses.append(form.reason)
-        elif best is None or (form.centred and not best[1].centred):
-            best = (piece, form)
+        proof = prover.identify(piece)
+        if not isinstance(proof, Miss):
+            proof = _closed(piece) or _per_channel(piece, proof) or proof
+        if isinstance(proof, Miss):
+            misses.append(proof)
+        elif best is None or (proof.form.centred and not best[1].form.centred):
+            best = (piece, proof)
     return best
 
 
 def _may_centre(value: Value) -> bool:
-    return value.producer is not None and value.producer.op in (Op.SUB, Op.ADD)
+    return value.producer is not None and value.producer.op in (Op.SUB, Op.ADD, Op.NEG)
+
+
+def _closed(piece: Piece) -> Miss | None:
+    """A miss where a value inside is read from outside; casts of the input may be."""
+    terms = set(piece.terms)
+    for term in piece.terms[:-1]:
+        readers = [reader for reader in term.output.consumers if reader.label not in SHAPE_READERS]
+        if term.op is not Op.CAST and not terms.issuperset(readers):
+            return Miss(f"its {term.op.name.lower()} is read by another part of the model, too")
+    return None
+
+
+def _per_channel(piece: Piece, proof: Proof) -> Miss | None:
+    """A miss where gamma or beta is no value per channel (or per channel and head)."""
+    x, axes, constants = piece.input.shape, proof.form.axes, piece.constants()
+    for place in (proof.gamma, proof.beta):
+        shape = () if place is None else constants[place].shape
+        if shape is None or (x is not None and len(shape) > len(x)):
+            return Miss("its gamma or beta has another shape than one value a channel", near=False)
+        varying = [axis for axis in range(-len(shape), 0) if shape[axis] != 1 and axis not in axes]
+        # Heads may have channels of their own; samples and tokens may not.
+        allowed = 0 if x is None else max(len(x) - 3, 0)
+        if len(varying) > allowed:
+            return Miss("its gamma or beta has another shape than one value a channel", near=False)
+    return None
 
 
 def _pieces(end: Term) -> Iterator[Piece]:
@@ -142,7 +207,7 @@ def _position(value: Value) -> int:
 
 def _reduced(root: Term) -> bool:
     """Whether a root is taken of something that a reduction made."""
-    if root.op is Op.LENGTH:
+    if root.op in REDUCTIONS:
         return True
     pending, steps = list(root.operands), 0
     while pending and steps < STEPS:
@@ -171,75 +236,28 @@ def _scalings(root: Term) -> Iterator[Term]:
                 pending.append(term.output)
 
 
-def _rescaled(end: Term, outputs: set[Value]) -> Iterator[Term]:
-    """`end` times the literals that follow it: x / length(x) * sqrt(D) is an RMS norm."""
-    term: Term | None = end
-    while term is not None:
-        term = _only_consumer(term.output, outputs)
-        if term is None or term.op not in (*SCALINGS, Op.CAST):
-            return
-        others = [v for v in term.operands if v.constant]
-        if any(v.scalar is None for v in others):
-            return
-        if term.op is not Op.CAST:
-            yield term
-
-
-@dataclass
-class _Extended:
-    site: NormSite
-    terms: tuple[Term, ...]
-
-
-def _with_affine(piece: Piece, form: NormalForm, prover: Prover, outputs: set[Value]) -> _Extended:
-    """The site of a proved piece, with the gamma and beta around it, before and behind casts."""
-    whole = piece.terms[-1]
-    gamma, beta = (None, None)
-    if whole.op in WHOLE_NORMS:
-        gamma, beta = _optional(whole, 1), _optional(whole, 2)
-    terms = list(piece.terms)
-    trail: list[Term] = []  # casts that are taken along only if something follows
-    end = piece.output
+def _site(piece: Piece, proof: Proof, outputs: set[Value]) -> NormSite:
+    """The site of a proved piece."""
+    constants = piece.constants()
+    gamma = None if proof.gamma is None else constants[proof.gamma]
+    beta = None if proof.beta is None else constants[proof.beta]
     source = _before_casts(piece.input)
-    term = _only_consumer(end, outputs)
-    while term is not None:
-        operand = _per_channel(term, piece.input, form.axes)
-        if term.op is Op.CAST:
-            trail.append(term)
-            if term.output.dtype == source.dtype and end.dtype != source.dtype:
-                terms, trail, end = [*terms, *trail], [], term.output
-        elif term.op is Op.MUL and operand is not None and gamma is None and beta is None:
-            gamma, terms, trail, end = operand, [*terms, *trail, term], [], term.output
-        elif term.op is Op.ADD and operand is not None and beta is None:
-            beta, terms, trail, end = operand, [*terms, *trail, term], [], term.output
-        else:
-            break
-        term = _only_consumer(term.output, outputs)
-    grown = Piece(piece.input, end, tuple(terms))
-    if not prover.holds(grown, form, gamma, beta):
-        whole_affine = whole.op in WHOLE_NORMS
-        gamma = _optional(whole, 1) if whole_affine else None
-        beta = _optional(whole, 2) if whole_affine else None
-        grown = piece
-    last = grown.terms[-1]
-    kind = NormKind.LAYER_NORM if form.centred else NormKind.RMS_NORM
-    site = NormSite(
-        name=_name(last, gamma),
-        kind=kind,
-        channels=_channels(source, gamma or beta, form.axes),
-        axes=form.axes,
-        eps=form.eps,
+    return NormSite(
+        name=_name(piece.terms[-1], gamma),
+        kind=NormKind.LAYER_NORM if proof.form.centred else NormKind.RMS_NORM,
+        channels=_channels(source, gamma or beta, proof.form.axes),
+        axes=proof.form.axes,
+        eps=proof.form.eps,
         affine=_affine_names(gamma, beta),
         dtype=source.dtype,
-        consumers=_consumers(grown.output, outputs),
+        consumers=_consumers(piece.output, outputs),
         parallel_residual=False,
         tied_to=None,
         input=source,
-        output=grown.output,
+        output=piece.output,
         gamma=gamma,
         beta=beta,
     )
-    return _Extended(site, grown.terms)
 
 
 def _whole_dyt(term: Term) -> NormSite:
@@ -256,7 +274,7 @@ def _spelled_dyt(squash: Term, prover: Prover, outputs: set[Value]) -> NormSite 
     terms = [squash]
     argument = squash.operands[0].producer
     if squash.op is Op.ERF and argument is not None and argument.op is Op.ADD:
-        shift = _learned(argument)
+        shift = _constant_operand(argument)
         if shift is not None:
             parameters["shift"] = shift
             terms.insert(0, argument)
@@ -264,7 +282,7 @@ def _spelled_dyt(squash: Term, prover: Prover, outputs: set[Value]) -> NormSite 
     while argument is not None and argument.op is Op.CAST:
         terms.insert(0, argument)
         argument = argument.operands[0].producer
-    alpha = None if argument is None or argument.op is not Op.MUL else _learned(argument)
+    alpha = None if argument is None or argument.op is not Op.MUL else _constant_operand(argument)
     if argument is None or alpha is None:
         return None
     parameters["alpha"] = alpha
@@ -287,8 +305,9 @@ def _spelled_dyt(squash: Term, prover: Prover, outputs: set[Value]) -> NormSite 
     kind = NormKind.DYT if squash.op is Op.TANH else NormKind.DERF
     piece = Piece(source, end, tuple(terms))
     name = "tanh" if squash.op is Op.TANH else "erf"
-    if len(parameters) == 1 and alpha.shape == ():
-        return None  # a lone tanh(c * x) is a soft-cap or an activation, not a norm's stand-in
+    gamma = parameters.get("gamma")
+    if not _from_parameter(alpha) and (gamma is None or not gamma.shape):
+        return None  # tanh(c * x) with a fixed number is a soft-cap or an activation
     if not prover.holds_dyt(piece, parameters, name):
         return None
     return _dyt_site(terms[-1], kind, _before_casts(source), end, parameters, outputs)
@@ -323,14 +342,15 @@ def _dyt_site(
     )
 
 
-def _add(found: _Found, site: NormSite | None) -> None:
-    if site is not None:
+def _add(found: _Found, term: Term, site: NormSite | None) -> None:
+    """Take a site in; in a branch or a loop, DyT stays as it is and a norm is refused."""
+    if site is None:
+        return
+    if not term.within:
         found.sites.append(site)
-
-
-def _optional(term: Term, place: int) -> Value | None:
-    value = term.inputs[place] if len(term.inputs) > place else None
-    return value if isinstance(value, Value) else None
+    elif not site.kind.lossless:
+        reason = f"it stands inside {term.within}, where its activations cannot be observed"
+        found.refusals.append((term.index, Refusal(site.name, NormKind.OTHER, reason)))
 
 
 def _only_consumer(value: Value, outputs: set[Value]) -> Term | None:
@@ -344,34 +364,10 @@ def _constant_operand(term: Term) -> Value | None:
     return constants[0] if len(constants) == 1 and len(term.inputs) == 2 else None
 
 
-def _learned(term: Term) -> Value | None:
-    """The constant operand of a term if it is a parameter, or computed from one."""
-    value = _constant_operand(term)
-    if value is None or not _from_parameter(value):
-        return None
-    return value
-
-
 def _from_parameter(value: Value) -> bool:
     if value.parameter:
         return True
     return value.producer is not None and any(map(_from_parameter, value.producer.operands))
-
-
-def _per_channel(term: Term, x: Value, axes: tuple[int, ...]) -> Value | None:
-    """The constant operand of a term if it has one value for each index of the normalized axes."""
-    value = _constant_operand(term)
-    if value is None or value.shape is None or len(value.shape) < -min(axes):
-        return None
-    if x.shape is not None:
-        if len(value.shape) > len(x.shape):
-            return None
-        aligned = zip(reversed(value.shape), reversed(x.shape), strict=False)
-        if any(size not in (1, length) for size, length in aligned):
-            return None
-        if any(value.shape[axis] != x.shape[axis] for axis in axes):
-            return None
-    return value
 
 
 def _before_casts(value: Value) -> Value:

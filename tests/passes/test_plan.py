@@ -1,0 +1,229 @@
+"""Plan: the search alone, against attempts whose errors are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dyt_compile.calibration import Calibration
+from dyt_compile.metrics import Measurement
+from dyt_compile.passes.plan import DEVIATIONS, PATIENCE, Attempt, Plan, plan
+
+pytestmark = pytest.mark.core
+
+EMPTY = Calibration({}, ())
+Error = Callable[[frozenset[str]], float]
+
+
+class Attempts:
+    """Measures sets by a formula, and keeps what it was asked for."""
+
+    def __init__(self, error: Error, standard_error: float = 0.0) -> None:
+        self.error = error
+        self.standard_error = standard_error
+        self.asked: list[frozenset[str]] = []
+
+    def __call__(self, names: frozenset[str]) -> Attempt:
+        self.asked.append(names)
+        return Attempt(names, EMPTY, Measurement(self.error(names), self.standard_error, 100))
+
+
+def _named(errors: list[float]) -> dict[str, float]:
+    return {f"site{number}": error for number, error in enumerate(errors)}
+
+
+def _additive(sensitivities: dict[str, float]) -> Error:
+    """Independent errors: their squares add."""
+    return lambda names: math.sqrt(sum(sensitivities[name] ** 2 for name in names))
+
+
+def _largest_prefix(sensitivities: dict[str, float], error: Error, budget: float) -> int:
+    order = sorted(sensitivities, key=lambda name: sensitivities[name])
+    sizes = range(len(order) + 1)
+    return max(n for n in sizes if n == 0 or error(frozenset(order[:n])) <= budget)
+
+
+def _chosen_error(planned: Plan) -> float:
+    assert planned.chosen is not None
+    return planned.chosen.measurement.error
+
+
+def _bound(count: int) -> float:
+    return 2 * math.log2(max(count, 1)) + PATIENCE + 3
+
+
+errors = st.lists(st.floats(1e-4, 1.0), max_size=70)
+budgets = st.floats(1e-3, 2.0)
+
+
+@settings(deadline=None, max_examples=300)
+@given(errors=errors, budget=budgets)
+def test_plan_of_additive_errors_takes_the_largest_set(errors: list[float], budget: float) -> None:
+    sensitivities = _named(errors)
+    attempts = Attempts(_additive(sensitivities))
+    planned = plan(sensitivities, attempts, budget)
+    # Of independent errors the smallest ones make the largest set: the prefix is the optimum.
+    assert len(planned.converted) == _largest_prefix(sensitivities, attempts.error, budget)
+    assert len(attempts.asked) <= _bound(len(errors))
+    if planned.chosen is not None:
+        assert _chosen_error(planned) <= budget
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    steps=st.lists(st.floats(0, 0.2), max_size=70),
+    off=st.floats(0.01, 100),
+    budget=budgets,
+)
+def test_plan_of_monotone_errors_takes_the_longest_prefix(
+    steps: list[float], off: float, budget: float
+) -> None:
+    """However wrong the sensitivities are about the size of the errors."""
+    sensitivities = _named([off * (number + 1) for number in range(len(steps))])
+    total = [sum(steps[: n + 1]) for n in range(len(steps))]
+
+    def error(names: frozenset[str]) -> float:
+        return total[max(int(name[4:]) for name in names)]
+
+    attempts = Attempts(error)
+    planned = plan(sensitivities, attempts, budget)
+    assert len(planned.converted) == _largest_prefix(sensitivities, error, budget)
+    assert len(attempts.asked) <= _bound(len(steps))
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data(), count=st.integers(0, 12), budget=budgets)
+def test_plan_never_exceeds_the_budget(data: st.DataObject, count: int, budget: float) -> None:
+    """Whatever the errors do: with a set grown, they may fall; they may be NaN or infinite."""
+    sensitivities = _named(data.draw(st.lists(st.floats(0, 2), min_size=count, max_size=count)))
+    known: dict[frozenset[str], float] = {}
+
+    def error(names: frozenset[str]) -> float:
+        if names not in known:
+            known[names] = data.draw(st.floats(0, 2) | st.just(math.nan) | st.just(math.inf))
+        return known[names]
+
+    attempts = Attempts(error)
+    planned = plan(sensitivities, attempts, budget)
+    kept = [names for names in attempts.asked if error(names) <= budget]
+    if planned.chosen is None:
+        assert planned.converted == frozenset()
+        assert not kept
+    else:
+        assert _chosen_error(planned) <= budget
+        assert planned.chosen.names == planned.converted
+        assert len(planned.converted) == max(map(len, kept))  # nothing affordable is left behind
+    assert len(attempts.asked) == len(set(attempts.asked))  # no set is measured twice
+    assert [size for size, _ in planned.attempts] == [len(names) for names in attempts.asked]
+
+
+def test_plan_without_sites_asks_for_nothing() -> None:
+    attempts = Attempts(lambda names: 0.0)
+    planned = plan({}, attempts, 0.1)
+    assert planned.chosen is None
+    assert planned.converted == frozenset()
+    assert planned.attempts == ()
+    assert attempts.asked == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 13, 65, 500])
+def test_plan_where_everything_passes_takes_all(count: int) -> None:
+    sensitivities = _named([0.01] * count)
+    attempts = Attempts(lambda names: 0.0)
+    planned = plan(sensitivities, attempts, 0.05)
+    assert planned.converted == frozenset(sensitivities)
+    assert len(attempts.asked) <= math.log2(count) + 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 13, 65, 500])
+def test_plan_where_everything_fails_keeps_all_norms(count: int) -> None:
+    sensitivities = _named([0.01] * count)
+    attempts = Attempts(lambda names: 1.0)
+    planned = plan(sensitivities, attempts, 0.05)
+    assert planned.chosen is None
+    assert len(attempts.asked) <= _bound(count)
+
+
+def test_plan_with_all_sites_affordable_at_once_asks_once() -> None:
+    sensitivities = _named([0.001] * 40)
+    attempts = Attempts(_additive(sensitivities))
+    plan(sensitivities, attempts, 0.05)
+    assert attempts.asked == [frozenset(sensitivities)]
+
+
+def test_plan_starts_with_the_least_sensitive_site() -> None:
+    sensitivities = {"bad": 0.9, "fair": 0.04, "good": 0.001}
+    planned = plan(sensitivities, Attempts(_additive(sensitivities)), 0.05)
+    assert planned.converted == {"good", "fair"}
+
+
+def test_plan_counts_the_uncertainty_of_a_measurement() -> None:
+    sensitivities = _named([0.01] * 4)
+    within = Attempts(lambda names: 0.04, standard_error=0.009 / DEVIATIONS)
+    beyond = Attempts(lambda names: 0.04, standard_error=0.011 / DEVIATIONS)
+    assert len(plan(sensitivities, within, 0.05).converted) == 4
+    assert plan(sensitivities, beyond, 0.05).converted == frozenset()
+
+
+def test_plan_goes_around_a_site_that_ruins_the_model() -> None:
+    """One site is harmless alone, and not with others."""
+    sensitivities = _named([0.001 * (number + 1) for number in range(12)])
+    additive = _additive(sensitivities)
+
+    def error(names: frozenset[str]) -> float:
+        return 1.0 if "site4" in names and len(names) > 1 else additive(names)
+
+    planned = plan(sensitivities, Attempts(error), 0.05)
+    assert planned.converted == frozenset(sensitivities) - {"site4"}
+
+
+def test_plan_gives_up_after_as_many_failures_as_its_patience() -> None:
+    sensitivities = _named([0.01] * 30)
+
+    def error(names: frozenset[str]) -> float:
+        return 0.01 if names <= {"site0", "site1"} else 1.0
+
+    attempts = Attempts(error)
+    planned = plan(sensitivities, attempts, 0.05)
+    assert planned.converted == {"site0", "site1"}
+    singles = [names for names in attempts.asked if {"site0", "site1"} < names and len(names) == 3]
+    assert len(singles) <= PATIENCE + 1
+
+
+def test_plan_tries_no_straggler_that_alone_exceeds_the_budget() -> None:
+    sensitivities = {"good": 0.01, "bad": 0.06, "worse": 0.9, "worst": 1.0}
+    attempts = Attempts(_additive(sensitivities))
+    planned = plan(sensitivities, attempts, 0.05)
+    assert planned.converted == {"good"}
+    assert not any("worst" in names and len(names) == 2 for names in attempts.asked)
+
+
+def test_plan_keeps_a_site_whose_sensitivity_is_nan_and_converts_others() -> None:
+    sensitivities = {"broken": math.nan, "good": 0.01, "fair": 0.02}
+
+    def error(names: frozenset[str]) -> float:
+        return math.nan if "broken" in names else 0.01 * len(names)
+
+    assert plan(sensitivities, Attempts(error), 0.05).converted == {"good", "fair"}
+
+
+def test_plan_of_attempts_that_convert_less_than_asked_says_what_they_did() -> None:
+    """A site may lose its fit once others are converted."""
+    sensitivities = _named([0.01] * 5)
+
+    def attempt(names: frozenset[str]) -> Attempt:
+        done = names - {"site2"}
+        return Attempt(done, EMPTY, Measurement(0.01 * len(done), 0.0, 9))
+
+    planned = plan(sensitivities, attempt, 0.05)
+    assert planned.converted == frozenset(sensitivities) - {"site2"}
+
+
+def test_plan_hands_on_its_sensitivities() -> None:
+    sensitivities = _named([0.01, 0.5])
+    planned = plan(sensitivities, Attempts(_additive(sensitivities)), 0.05)
+    assert dict(planned.sensitivities) == sensitivities
