@@ -9,12 +9,14 @@ __all__ = [
     "Calibration",
     "Conversion",
     "DytCompileError",
+    "InductorPass",
     "Match",
     "NormKind",
     "NormSite",
     "Refusal",
     "Report",
     "__version__",
+    "backend",
     "convert",
     "export_onnx",
     "inspect",
@@ -23,6 +25,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .backends import InductorPass, backend
     from .calibration import Calibration
     from .compiler import Conversion, convert, inspect
     from .errors import DytCompileError
@@ -34,11 +37,13 @@ _HOMES = {
     "Calibration": "calibration",
     "Conversion": "compiler",
     "DytCompileError": "errors",
+    "InductorPass": "backends",
     "Match": "sites",
     "NormKind": "sites",
     "NormSite": "sites",
     "Refusal": "sites",
     "Report": "report",
+    "backend": "backends",
     "convert": "compiler",
     "export_onnx": "exporters.onnx",
     "inspect": "compiler",

@@ -1,13 +1,31 @@
-"""What a batch is: the arguments of one call of the model."""
+"""What batches are, and what a batch is: the arguments of one call of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import DataError
 
-__all__ = ["as_arguments"]
+__all__ = ["as_arguments", "as_batches"]
+
+
+def as_batches(batches: Any) -> Iterable[Any]:
+    """The batches, if they are several and can be gone through again; else raises DataError."""
+    kind = type(batches).__name__
+    allowed = "allowed: a list of batches, or an object whose __iter__ starts anew"
+    if isinstance(batches, (Mapping, str, bytes)) or hasattr(batches, "shape"):
+        raise DataError(f"batches is a {kind}, not several batches; {allowed}")
+    try:
+        first = iter(batches)
+    except TypeError as error:
+        raise DataError(f"batches is {batches!r}; {allowed}") from error
+    if first is batches:
+        raise DataError(
+            f"batches is a one-shot iterator ({kind}) and is gone through several times; {allowed}"
+        )
+    found: Iterable[Any] = batches
+    return found
 
 
 def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

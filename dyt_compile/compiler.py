@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any
 
-from .batches import as_arguments
+from .batches import as_arguments, as_batches
 from .calibration import Calibration
 from .data import Splits, split, whole
-from .errors import BudgetError, OptionError
+from .errors import BudgetError, DataError, OptionError
 from .graphs.base import Batch, Graph
 from .metrics import Measurement, check_metric
 from .passes.calibrate import calibrate
@@ -79,7 +81,7 @@ def convert(
     output: str | None = None,
     example: Any = None,
     dynamic_shapes: Any = None,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     seed: int = 0,
     provider: str = "cpu",
 ) -> Conversion:
@@ -94,13 +96,18 @@ def convert(
     "budget" converts as many norms as keep the error at `output` (by default the first
     floating-point one) within `budget`, in `metric`: "relative", "cosine", "kl" (nats a position)
     or "top1"; "all" converts every norm and reports what that cost. Default: "budget" with
-    batches, "exact" without. Sites whose name matches a regular expression of `exclude` keep
-    their norm.
+    batches, "exact" without. Sites whose name matches a regular expression of `exclude` (one, or
+    several) keep their norm.
+
+    The model itself stays as it is. The result's `model` has parameters of its own where a norm
+    was replaced, and shares all other weights with the original: to change one and keep the other
+    (fine-tuning, moving it to another device), copy it first.
 
     Raises OptionError, CaptureError, DataError, and BudgetError if the error on the report
     samples exceeds the budget twice.
     """
-    mode = _checked(mode, batches, budget, metric, exclude)
+    mode = _checked(mode, batches, budget, metric, seed)
+    exclude = _patterns(exclude)
     clock = _Clock()
     with clock("capture"):
         args, kwargs = _example(example, batches)
@@ -132,19 +139,14 @@ def convert(
             rewritten = lossy.rewrite(planned)
         with clock("verify"):
             measured = lossy.verify(rewritten)
-            if mode == "budget" and measured.error > budget:
-                # Once back to the plan, by as much as the report samples differ from its own.
-                again = lossy.plan(candidates, budget * (budget / measured.error))
+            if mode == "budget" and not measured.error <= budget:  # NaN keeps none
+                # Once back to the plan.
+                again = lossy.plan(candidates, _tightened(budget, measured.error))
                 planned = replace(again, attempts=planned.attempts + again.attempts)
                 rewritten = lossy.rewrite(planned)
                 measured = lossy.verify(rewritten)
-                if measured.error > budget:
-                    raise BudgetError(
-                        f"the {metric} error on the report samples is {measured.error:.4g} with "
-                        f"{len(planned.converted)} sites converted, above the budget of {budget:g}"
-                        f" after planning twice; give more samples than {measured.samples * 4}, "
-                        "or a larger budget"
-                    )
+                if not measured.error <= budget:
+                    raise BudgetError(_broken(metric, measured, budget, len(planned.converted)))
     limit = budget if mode == "budget" else None
     report = _report(
         found, mode, metric, output, limit, measured, planned, lossy.isolated, clock.seconds
@@ -169,6 +171,7 @@ def compare(
     Raises CaptureError, DataError or OptionError.
     """
     check_metric(metric)
+    as_batches(batches)
     graphs = []
     for model, example in zip((a, b), examples, strict=True):
         args, kwargs = _example(example, batches)
@@ -275,9 +278,9 @@ class _Clock:
 def _checked(
     mode: str | None,
     batches: Iterable[Any] | None,
-    budget: float,
+    budget: Any,
     metric: str,
-    exclude: Sequence[str],
+    seed: Any,
 ) -> str:
     """The mode to use; raises OptionError for every option that is not allowed."""
     chosen = ("exact" if batches is None else "budget") if mode is None else mode
@@ -288,19 +291,52 @@ def _checked(
             f"mode {chosen!r} needs data: without it every choice of alpha ruins the model; "
             "pass batches (--data), or use mode 'exact'"
         )
-    if not budget > 0 or budget != budget:
+    if not isinstance(budget, Real) or not float(budget) > 0:
         raise OptionError(f"budget is {budget!r}; allowed: a number above 0")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise OptionError(f"seed is {seed!r}; allowed: a whole number, 0 or above")
     check_metric(metric)
-    for pattern in exclude:
-        _check_pattern(pattern)
+    if batches is not None:
+        as_batches(batches)
     return chosen
 
 
-def _check_pattern(pattern: str) -> None:
+def _patterns(exclude: Any) -> tuple[str, ...]:
+    """The regular expressions of `exclude`: a string is one, not an iterable of letters."""
+    patterns = (exclude,) if isinstance(exclude, str) else exclude
+    if not isinstance(patterns, Iterable):
+        raise OptionError(f"exclude is {exclude!r}; allowed: regular expressions, one or a list")
+    found = tuple(patterns)
+    for pattern in found:
+        _check_pattern(pattern)
+    return found
+
+
+def _check_pattern(pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise OptionError(f"exclude has {pattern!r}; allowed: strings, regular expressions")
     try:
         re.compile(pattern)
     except re.error as error:
         raise OptionError(f"exclude has {pattern!r}, no regular expression: {error}") from error
+
+
+def _tightened(budget: float, error: float) -> float:
+    """The budget to plan for once the report samples gave that error, by as much as they differ.
+
+    Nothing where the error is infinite or NaN: then only sites without any error are converted.
+    """
+    return budget * (budget / error) if math.isfinite(error) else 0.0
+
+
+def _broken(metric: str, measured: Measurement, budget: float, converted: int) -> str:
+    told = (
+        f"the {metric} error on the report samples is {measured.error:.4g} with {converted} sites "
+        f"converted, not within the budget of {budget:g} after planning twice; "
+    )
+    if math.isfinite(measured.error):
+        return f"{told}give more samples than {measured.samples * 4}, or a larger budget"
+    return f"{told}its outputs, or the original's, hold NaN or infinity on some of the samples"
 
 
 def _candidates(found: Match, exclude: Sequence[str]) -> list[str]:
@@ -319,8 +355,13 @@ def _excluded(name: str, exclude: Sequence[str]) -> bool:
 
 def _example(example: Any, batches: Iterable[Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the example, by default of the first batch."""
-    given = example if example is not None else next(iter(batches or ()), None)
-    return ((), {}) if given is None else as_arguments(given)
+    if example is not None:
+        return as_arguments(example)
+    if batches is None:
+        return (), {}
+    for first in batches:
+        return as_arguments(first)
+    raise DataError("the data holds no batch")
 
 
 def _probe(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch | None:

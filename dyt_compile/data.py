@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .batches import as_batches
 from .errors import DataError
 from .graphs.base import Batch, Graph
 
@@ -46,7 +47,7 @@ def split(graph: Graph, batches: Iterable[Any], seed: int) -> Splits:
     Samples lie along axis 0 where that axis is dynamic in the model; else a batch is a sample.
     Raises DataError for one-shot iterators, batches that do not fit, and fewer than 4 samples.
     """
-    splitter = _Splitter(graph, _again(batches))
+    splitter = _Splitter(graph, as_batches(batches))
     sizes = [splitter.size(batch) for batch in splitter.bound()]
     total = sum(sizes)
     if total < 4:
@@ -62,21 +63,11 @@ def split(graph: Graph, batches: Iterable[Any], seed: int) -> Splits:
 
 def whole(graph: Graph, batches: Iterable[Any]) -> Part:
     """All samples of `batches`, as they are. Raises DataError as `split` does."""
-    splitter = _Splitter(graph, _again(batches))
+    splitter = _Splitter(graph, as_batches(batches))
     sizes = [splitter.size(batch) for batch in splitter.bound()]
     if not sizes:
         raise DataError("the data holds no batch")
     return Part(splitter.bound, len(sizes), sum(sizes))
-
-
-def _again(batches: Iterable[Any]) -> Iterable[Any]:
-    """The batches, if they can be gone through more than once."""
-    if iter(batches) is batches:
-        raise DataError(
-            "batches is a one-shot iterator; it is gone through several times: "
-            "pass a list, or an object whose __iter__ starts anew"
-        )
-    return batches
 
 
 class _Splitter:
@@ -145,7 +136,7 @@ def load(path: Path, batch_size: int) -> Iterable[Any]:
             f"data {str(path)!r} is no .npz file and no folder; allowed: an .npz file, "
             "a folder of .npz files, or file.py:function"
         )
-    return _Chunks(_arrays(path), batch_size, path)
+    return _Chunks(_arrays(path), batch_size)
 
 
 @dataclass(frozen=True)
@@ -157,16 +148,10 @@ class _Folder:
 
 
 class _Chunks:
-    def __init__(self, arrays: dict[str, npt.NDArray[Any]], size: int, path: Path) -> None:
-        lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
-        if len(set(lengths.values())) != 1 or not all(lengths.values()):
-            told = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-            raise DataError(
-                f"{str(path)!r}: every array needs the same, non-zero number of samples; {told}"
-            )
+    def __init__(self, arrays: dict[str, npt.NDArray[Any]], size: int) -> None:
         self._arrays = arrays
         self._size = size
-        self._total = next(iter(lengths.values()))
+        self._total = len(next(iter(arrays.values())))
 
     def __iter__(self) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
         for start in range(0, self._total, self._size):
@@ -174,6 +159,7 @@ class _Chunks:
 
 
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a file, all of one length."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -181,4 +167,10 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         raise DataError(f"{str(path)!r} is no archive of plain arrays: {error}") from error
     if not arrays:
         raise DataError(f"{str(path)!r} holds no array")
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1 or not all(lengths.values()):
+        told = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise DataError(
+            f"{str(path)!r}: every array needs the same, non-zero number of samples; {told}"
+        )
     return arrays

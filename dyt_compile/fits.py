@@ -80,10 +80,11 @@ def fit_diagonal(x: Array, y: Array) -> Fit | str:
         return f"{len(x)} rows of activations are too few to fit; at least {2 * HELD_OUT}"
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return "its activations hold NaN or infinity"
-    scale = float(np.median(x.std(axis=0, dtype=np.float64)))
-    if scale == 0.0:
+    deviations = x.std(axis=0, dtype=np.float64)
+    varying = deviations[deviations > 0]  # constant channels, dead or padded, say nothing of alpha
+    if not len(varying):
         return "its input does not vary over the data"
-    alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale)
+    alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], float(np.median(varying)))
     held = np.arange(len(x)) % HELD_OUT == 0
     trial = _regress(x[~held], y[~held], alpha)
     error = relative_error(_parameters(alpha, trial), x[held], y[held])
@@ -140,9 +141,17 @@ def _regress(x: Array, y: Array, alpha: float) -> _Regression:
 
 
 def _ranks(places: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """Pseudo-random numbers of places: SplitMix64 (Steele, Lea, Flood 2014), one step each."""
+    """Pseudo-random numbers of places, from a start that the seed is hashed to.
+
+    Hashed, since from the seed itself the next seed would give the same numbers a place later.
+    """
+    return _mixed(places + _mixed(np.array([seed % 2**64], np.uint64)))
+
+
+def _mixed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea, Flood 2014), one step from each number."""
     with np.errstate(over="ignore"):
-        z = (places + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(z ^ (z >> np.uint64(31)))

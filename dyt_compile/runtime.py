@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ __all__ = ["PROVIDERS", "Session"]
 
 Array = npt.NDArray[Any]
 BFLOAT16 = ir.DataType.BFLOAT16
+
+EMBEDDED_BYTES = 1_800_000_000
+"""Weights above this lie in a file of their own: protobuf ends at 2 GB."""
 
 CPU = "CPUExecutionProvider"
 
@@ -47,20 +51,21 @@ class Session:
         wanted = _available(provider, onnxruntime.get_available_providers())
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # warnings about its own fusions say nothing to our users
-        source: str | bytes = str(model)
         self._narrow: set[str] = set()
         loaded = ir.load(model) if isinstance(model, Path) else model
-        changed = holds(loaded, BFLOAT16)
-        if changed:
+        widened = holds(loaded, BFLOAT16)
+        if widened:
+            loaded = loaded.clone()
             self._widen(loaded, on_cpu=wanted[0] == CPU)
-        if loaded is model or changed:
-            source = ir.serde.serialize_model(loaded).SerializeToString()
-        try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=wanted)
-        except Exception as error:
-            raise CaptureError(
-                f"ONNX Runtime does not take the model: {first_line(error)}"
-            ) from error
+        with tempfile.TemporaryDirectory(prefix="dyt-compile-") as folder:
+            unchanged = isinstance(model, Path) and not widened
+            source = str(model) if unchanged else _source(loaded, Path(folder))
+            try:
+                self._session = onnxruntime.InferenceSession(source, options, providers=wanted)
+            except Exception as error:
+                raise CaptureError(
+                    f"ONNX Runtime does not take the model: {first_line(error)}"
+                ) from error
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
 
@@ -89,6 +94,17 @@ class Session:
         surface(model, BFLOAT16, outside=BFLOAT16)
         if on_cpu:
             widen(model, BFLOAT16)
+
+
+def _source(model: ir.Model, folder: Path) -> str | bytes:
+    """The model as bytes, or as a file in `folder` where it is too large for protobuf."""
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value]
+    if sum(tensor.nbytes for tensor in weights) > EMBEDDED_BYTES:
+        ir.save(model, folder / "model.onnx", external_data="model.data")
+        return str(folder / "model.onnx")
+    embedded = ir.external_data.load_to_model(model.clone())
+    data: bytes = ir.serde.serialize_model(embedded).SerializeToString()
+    return data
 
 
 def _available(provider: str, available: Sequence[str]) -> list[str]:

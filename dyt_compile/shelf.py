@@ -23,6 +23,7 @@ class Kept:
 
     def __init__(self, native: Any) -> None:
         self._native = native
+        self.shape = _shape(native)
 
     def load(self) -> Any:
         """The value."""
@@ -30,7 +31,8 @@ class Kept:
 
 
 class _Spilled(Kept):
-    def __init__(self, file: Path, graph: Graph, like: Value) -> None:
+    def __init__(self, file: Path, graph: Graph, like: Value, shape: tuple[int, ...]) -> None:
+        self.shape = shape
         self._file = file
         self._graph = graph
         self._like = like
@@ -83,6 +85,11 @@ class Shelf:
         if like.dtype == "bfloat16":  # every bfloat16 is a float32, which .npy files know
             array = array.astype(np.float32)
         np.save(file, array, allow_pickle=False)
-        kept = _Spilled(file, self._graph, like)
+        kept = _Spilled(file, self._graph, like, array.shape)
         weakref.finalize(kept, file.unlink, missing_ok=True)
         return kept
+
+
+def _shape(native: Any) -> tuple[int, ...]:
+    """The shape of a native value; numbers have no axes."""
+    return tuple(getattr(native, "shape", ()))

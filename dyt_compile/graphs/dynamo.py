@@ -1,33 +1,48 @@
-"""Graphs of Dynamo: what `torch.compile` hands to a backend, looked at in aten, changed in place.
+"""Graphs of Dynamo: what `torch.compile` hands to a backend.
 
-Dynamo's graph holds whatever the model called (functions, methods, operators), gradient and
-autocast regions among it, and its weights come in as placeholders. It is traced to aten only to be
-matched; what is replaced is replaced in Dynamo's own graph, which otherwise stays as it is.
+Dynamo's graph holds whatever the model called (functions, methods, operators, gradient regions),
+and its weights come in as inputs. It is traced to aten only to be matched; what is replaced is
+replaced in Dynamo's own graph, which otherwise stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.source import LocalSource
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch._guards import detect_fake_mode
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.utils import _pytree as pytree
 
 from ..dyt import Form
+from ..errors import CaptureError, first_line
+from ..nn import operator
 from ..sites import NormSite
 from ..terms import Value
-from .fx import FxGraph
+from .fx import FxGraph, ancestors, attribute
 
-__all__ = ["Frame", "Replacement"]
+__all__ = ["Frame", "Hold", "Replacement"]
 
 Node = torch.fx.Node
+Hold = Callable[[str, torch.Tensor], Node]
+"""Makes a node that yields a tensor, given a name for it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
     """A site that becomes one operator of `form`.
 
-    operands: what follows x, by name of the form's parameters: values of the frame's graph, or
-    tensors, which become inputs that are appended to the frame's.
+    operands: what follows x, by the form's parameters: values of the frame's graph, or tensors.
     """
 
     site: NormSite
@@ -38,62 +53,300 @@ class Replacement:
 class Frame:
     """One GraphModule of Dynamo, and the aten graph in which it is matched.
 
-    graph: parameters and buffers that Dynamo lifted to inputs count as constants there.
+    graph: parameters and buffers that Dynamo lifted to inputs count as constants in it.
     Raises CaptureError if the module cannot be traced.
     """
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
+        _fix_numbers(module)
         # Inner backends own and change the module that they are given; the frame keeps its own.
         self._module, _ = _copied(module)
-        trace = _Trace(self._module)
-        self._made_by = trace.made_by
+        traced, recorder = _traced(self._module)
+        self._made_by = recorder.made_by
         self._inputs = list(self._module.graph.find_nodes(op="placeholder"))
         weights = {
-            trace.placeholders[node]: (_path(node), _is_parameter(node))
-            for node in self._inputs
-            if node in trace.placeholders and _is_weight(node)
+            made: (_path(node), _is_parameter(node))
+            for made, node in recorder.results.items()
+            if node.op == "placeholder" and _is_weight(node)
         }
-        self.graph = FxGraph("frame", trace.module, (), {}, weights)
+        self.graph = FxGraph("frame", traced, (), {}, weights)
+        self._order = {node: place for place, node in enumerate(traced.graph.nodes)}
         self._nodes: dict[Value, Node] = {}
-        for traced, node in trace.results.items():
-            value = self.graph.value_of(traced)
+        for made, node in recorder.results.items():
+            value = self.graph.value_of(made)
             if value is not None:
                 self._nodes.setdefault(value, node)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether sizes are among the inputs."""
+        return any(isinstance(n.meta.get("example_value"), torch.SymInt) for n in self._inputs)
 
     def input_of(self, value: Value) -> int | None:
         """Which input of the frame a value is, None if it is none."""
         node = self._nodes.get(value)
-        return None if node is None or node.op != "placeholder" else self._inputs.index(node)
+        return self._inputs.index(node) if node in self._inputs else None
 
-    def has_symbols(self) -> bool:
-        """Whether Dynamo passes sizes as inputs: some of the frame's axes are dynamic."""
-        return any(
-            isinstance(node.meta.get("example_value"), torch.SymInt) for node in self._inputs
-        )
+    def reaches(self, values: Iterable[Value]) -> bool:
+        """Whether values are results of Dynamo's own nodes, so that a replacement can take them."""
+        return all(value in self._nodes for value in values)
+
+    def device_of(self, value: Value) -> torch.device:
+        """Where a value lives."""
+        device: torch.device = value.native.meta["val"].device
+        return device
 
     def obstacle(self, site: NormSite) -> str | None:
         """Why a site cannot be replaced in this frame, None if it can."""
-        if site.input not in self._nodes or site.output not in self._nodes:
-            return "it lies inside an operator of torch that is called as one"
-        between = self._between(site)
-        first, last = (place(n.index for n in between) for place in (min, max))
-        for node in self._order()[first : last + 1]:
-            if _mutates(node):
-                return f"{node.name} writes to a tensor while the norm is computed"
+        if not self.reaches((site.input, site.output)):
+            return "it lies inside a larger operator"
+        places = [self._order[node] for node in self._between(site)]
+        for node in islice(self._order, min(places), max(places) + 1):
+            if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+                return f"{node.name} writes to a tensor while it is computed"
         return None
 
-    def replaced(
-        self, replacements: Sequence[Replacement], names: Iterable[str]
-    ) -> torch.fx.GraphModule:
+    def replaced(self, replacements: Sequence[Replacement]) -> torch.fx.GraphModule:
         """A copy of the module with the replacements made.
 
-        names: those of the new inputs, in the order of the tensors in the replacements.
+        Tensors among their operands become inputs, appended in the order of the replacements.
         """
         module, copies = _copied(self._module)
-        self.replace_in(module.graph, copies, replacements, _Appended(module.graph, names))
+        graph = module.graph
+        last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
+        mode, backend_mode = _fake_mode(self._module), detect_fake_mode()
+
+        def hold(name: str, tensor: torch.Tensor) -> Node:
+            nonlocal last
+            with graph.inserting_after(last) if last else graph.inserting_before():
+                last = graph.placeholder(name)
+            last.meta["example_value"] = mode.from_tensor(tensor, static_shapes=True)
+            if backend_mode is not None:  # its fake tensor is static from here on
+                backend_mode.from_tensor(tensor, static_shapes=True)
+            last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            last._dynamo_source = None
+            return last
+
+        self._replace(graph, copies, replacements, hold)
         module.recompile()
         return module
 
-    def nodes_in(self, graph: torch.fx.Graph) -> dict[Node, Node]:
-        """The nodes of `graph`, of which this frame was made, by the frame's own nodes."""
-        return dict(zip(self._module.graph.nodes, graph.nodes, strict=True))
+    def replace_in(
+        self, graph: torch.fx.Graph, replacements: Sequence[Replacement], hold: Hold
+    ) -> None:
+        """Make the replacements in the graph itself that the frame was made of."""
+        nodes = dict(zip(self._module.graph.nodes, graph.nodes, strict=True))
+        self._replace(graph, nodes, replacements, hold)
+
+    def _replace(
+        self,
+        graph: torch.fx.Graph,
+        nodes: dict[Node, Node],
+        replacements: Sequence[Replacement],
+        hold: Hold,
+    ) -> None:
+        dead: set[Node] = set()
+        for number, replacement in enumerate(replacements):
+            site = replacement.site
+            dead |= {nodes[self._made_by[node]] for node in self._between(site)}
+            source, end = (nodes[self._nodes[value]] for value in (site.input, site.output))
+            operands = [
+                nodes[self._nodes[operand]]
+                if isinstance(operand, Value)
+                else hold(f"dyt_{number}_{name}", operand)
+                for name, operand in replacement.operands.items()
+            ]
+            with graph.inserting_after(end):
+                call = graph.call_function(operator(replacement.form), (source, *operands))
+            call.meta = dict(end.meta)
+            result = self._like_output(graph, call, site)
+            end.replace_all_uses_with(result)
+            nodes[self._nodes[site.output]] = result  # a later site may read this one
+        graph.eliminate_dead_code(lambda node: node not in dead)
+
+    def _like_output(self, graph: torch.fx.Graph, call: Node, site: NormSite) -> Node:
+        """The result in the dtype and the layout of the norm's: what follows may view it."""
+        x, y = (value.native.meta["val"] for value in (site.input, site.output))
+        result = call
+        if x.dtype != y.dtype:
+            call.meta["example_value"] = torch.empty_like(y, dtype=x.dtype)
+            with graph.inserting_after(result):
+                result = graph.call_method("to", (result, y.dtype))
+            result.meta = {**call.meta, "example_value": y}
+        if y.is_contiguous() and not x.is_contiguous():
+            with graph.inserting_after(result):
+                contiguous = graph.call_method("contiguous", (result,))
+            contiguous.meta = dict(result.meta)
+            result = contiguous
+        return result
+
+    def _between(self, site: NormSite) -> list[Node]:
+        """The traced nodes that compute a site's output from its input, weights' own left out."""
+        found = ancestors([site.output.native], {site.input.native})
+        values = ((node, self.graph.value_of(node)) for node in found)
+        return [node for node, value in values if value is not None and not value.constant]
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Runs a Dynamo module node by node, and records which aten nodes that makes.
+
+    given: results that are not computed but known. results: the first Dynamo node whose result a
+    traced node is; made_by: the Dynamo node at which a traced node was made.
+    """
+
+    def __init__(self, module: torch.fx.GraphModule, given: Mapping[Node, Any]) -> None:
+        super().__init__(module)
+        self._given = given
+        self.results: dict[Node, Node] = {}
+        self.made_by: dict[Node, Node] = {}
+
+    def run_node(self, n: Node) -> Any:
+        mode = get_proxy_mode()
+        if mode is None:
+            raise CaptureError("Dynamo's graph runs outside its trace")
+        nodes = mode.tracer.graph.nodes
+        before = len(nodes)
+        result = self._given[n] if n in self._given else super().run_node(n)
+        for made in islice(reversed(nodes), len(nodes) - before):
+            self.made_by[made] = n
+            made.meta["nn_module_stack"] = {"": (_scope(n), None)}
+        if isinstance(result, torch.Tensor):
+            slot = get_proxy_slot(result, mode.tracer, None)
+            if slot is not None:
+                self.results.setdefault(slot.proxy.node, n)
+        return result
+
+
+def _traced(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, _Recorder]:
+    """The module in aten, traced on the fake tensors that Dynamo left in it."""
+    mode = _fake_mode(module)
+    recorders: list[_Recorder] = []
+    with ExitStack() as stack:
+        stack.enter_context(mode)
+        stack.enter_context(torch.no_grad())
+        if mode.shape_env is not None:  # what is only looked at must leave no guards
+            stack.enter_context(mode.shape_env.suppress_guards())
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        known = {node: _known(module, node, mode) for node in module.graph.nodes}
+        known = {node: value for node, value in known.items() if value is not None}
+        leaves, tree = pytree.tree_flatten(list(known.values()))
+
+        def run(*arguments: Any) -> Any:
+            given = pytree.tree_unflatten(arguments, tree)
+            recorders.append(_Recorder(module, dict(zip(known, given, strict=True))))
+            return recorders[-1].run()
+
+        try:
+            traced = make_fx(run, pre_dispatch=True)(*leaves)
+        except Exception as error:
+            raise CaptureError(
+                f"Dynamo's graph cannot be traced to aten: {first_line(error)}"
+            ) from error
+    return traced, recorders[-1]
+
+
+def _known(module: torch.fx.GraphModule, node: Node, mode: FakeTensorMode) -> Any:
+    """What the trace is given for a node, None where it computes it.
+
+    Inputs (also floats, which Dynamo wraps in tensors), tensors that the module holds, and the
+    results of higher-order operators, which are not entered.
+    """
+    if node.op == "get_attr":
+        held = attribute(module, str(node.target))
+        return mode.from_tensor(held, static_shapes=True) if _is_tensor(held) else None
+    opaque = isinstance(node.target, HigherOrderOperator) or _is_number(node)
+    if node.op != "placeholder" and not opaque:
+        return None
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.SymFloat) and not value.node.expr.free_symbols:
+        return float(value)  # Dynamo has guarded on it
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)
+
+
+def _fix_numbers(module: torch.fx.GraphModule) -> None:
+    """Let Dynamo start again with the floats that modules hold, an eps above all, as constants.
+
+    With dynamic=True they come as symbols. AOTAutograd asks for the same where an operator needs
+    the number itself, but only after the norms have been matched.
+    """
+    symbols = [
+        node.meta["example_value"].node.expr
+        for node in module.graph.nodes
+        if _is_number(node) and not isinstance(_source(node.args[0]), LocalSource)
+    ]
+    open_ones = [symbol for symbol in symbols if symbol.is_symbol]
+    for symbol in open_ones:
+        TensorifyState.specialize(str(symbol))
+    if open_ones:
+        raise TensorifyScalarRestartAnalysis
+
+
+def _is_number(node: Node) -> bool:
+    """Whether a node unwraps a float that is an input."""
+    if node.target != "item" or not isinstance(node.meta.get("example_value"), torch.SymFloat):
+        return False
+    wrapped = node.args[0]
+    return isinstance(wrapped, Node) and wrapped.op == "placeholder"
+
+
+def _source(node: Any) -> Any:
+    return getattr(node, "_dynamo_source", None)
+
+
+def _is_tensor(held: Any) -> bool:
+    return isinstance(held, torch.Tensor)
+
+
+def _fake_mode(module: torch.fx.GraphModule) -> FakeTensorMode:
+    """The mode of a module's own fake tensors; Dynamo gives another one to backends."""
+    for node in module.graph.nodes:
+        for leaf in pytree.tree_leaves(node.meta.get("example_value")):
+            if isinstance(leaf, FakeTensor):
+                return leaf.fake_mode
+    raise CaptureError("the graph holds no fake tensors: it does not come from Dynamo")
+
+
+def _copied(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, dict[Node, Node]]:
+    """A copy that shares the tensors, with what Dynamo tells AOTAutograd; nodes by the old ones."""
+    graph = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+    result = graph.graph_copy(module.graph, copies)
+    graph.output(result)
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copied = torch.fx.GraphModule(module, graph)
+    copied.meta = dict(module.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(module, name):
+            setattr(copied, name, getattr(module, name))
+    return copied, copies
+
+
+def _is_parameter(node: Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+
+
+def _is_weight(node: Node) -> bool:
+    """Parameters, and tensors that Dynamo found on a module: their address does not change."""
+    held = node.meta.get("tensor_dict") or {}
+    return _is_parameter(node) or "_dynamo_static_input_type" in held
+
+
+def _scope(node: Node) -> str:
+    """The module path of a node, below the frame's own `self`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path, _ = next(reversed(stack.values()), ("", None))
+    return _plain(str(path))
+
+
+def _path(node: Node) -> str:
+    """The path of a weight, below the frame's own `self`."""
+    source = _source(node)
+    return node.name if source is None else _plain(source.name)
+
+
+def _plain(path: str) -> str:
+    """`blocks.0.norm` for "L['self'].blocks._modules['0'].norm"."""
+    path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
+    return re.sub(r"^[LG]\['[^']*'\](?:\.__self__)?\.?", "", path)

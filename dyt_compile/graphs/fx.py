@@ -23,7 +23,15 @@ from ..terms import Alias, Op, Said, Term, Value
 from .base import Batch
 from .fx_terms import say, scalar_of
 
-__all__ = ["FxGraph", "argument_leaves", "automatic_axes"]
+__all__ = [
+    "FxGraph",
+    "ancestors",
+    "argument_paths",
+    "as_tensor",
+    "attribute",
+    "automatic_axes",
+    "path_name",
+]
 
 Array = npt.NDArray[Any]
 
@@ -85,19 +93,35 @@ class FxGraph:
         )
 
     def bind(self, batch: Any) -> Batch:
-        """A batch by input name: tuples hold positional arguments, dicts keyword arguments."""
+        """A batch by input name: tuples hold positional arguments, dicts keyword arguments.
+
+        Arguments are known by their names in `forward`, not by the order of the batch.
+        """
         args, kwargs = as_arguments(batch)
-        if set(kwargs) == set(self.inputs):
+        if not args and set(kwargs) == set(self.inputs):
             leaves = [kwargs[name] for name in self.inputs]
         else:
-            leaves = pytree.tree_leaves((args, kwargs))
-        if len(leaves) != len(self.inputs):
-            told = ", ".join(kwargs) or f"{len(leaves)} tensors"
-            raise DataError(f"a batch holds {told}; the model's inputs: {', '.join(self.inputs)}")
+            leaves = self._leaves(args, kwargs)
         return {
-            name: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
+            name: as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
             for name, leaf in zip(self.inputs, leaves, strict=True)
         }
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """What a batch holds, in the order of the inputs; raises DataError unless all fit."""
+        try:
+            given = argument_paths(self._module.forward, args, kwargs)
+            expected = argument_paths(self._module.forward, self.args, self.kwargs)
+        except TypeError:  # arguments that `forward` does not take
+            given, expected = {}, {}
+        if set(given) != set(expected) or len(expected) != len(self.inputs):
+            told = [f"{len(args)} by place"] if args else []
+            told += kwargs
+            raise DataError(
+                f"a batch holds {', '.join(told) or 'nothing'}; "
+                f"the model's inputs: {', '.join(self.inputs)}"
+            )
+        return [given[path] for path in expected]
 
     def example(self) -> Batch | None:
         """The inputs that the module was traced with."""
@@ -106,7 +130,7 @@ class FxGraph:
     def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> FxSegment:
         """The nodes between two cuts."""
         known = {value.native for value in start}
-        needed = _ancestors([value.native for value in stop], known)
+        needed = ancestors([value.native for value in stop], known)
         nodes = sorted(needed - known, key=self._order.__getitem__)
         missing = [node for node in nodes if node.op == "placeholder"]
         if missing:
@@ -130,10 +154,7 @@ class FxGraph:
     def from_array(self, array: Array, like: Value) -> torch.Tensor:
         """A tensor of the dtype of `like`, on the model's device."""
         dtype = getattr(torch, like.dtype or "float32")
-        if array.dtype == ml_dtypes.bfloat16:
-            bits = torch.from_numpy(np.ascontiguousarray(array).view(np.int16))
-            return bits.view(torch.bfloat16).to(self._device(), dtype)
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device(), dtype)
+        return as_tensor(array).to(self._device(), dtype)
 
     def replace(self, replacements: Iterable[tuple[NormSite, DytParameters]]) -> FxGraph:
         """A new graph with DyT at the given sites; other parameters are shared, not copied."""
@@ -144,7 +165,7 @@ class FxGraph:
         calls = [(site, values, _put(graph, copies, site, values)) for site, values in replacements]
         graph.eliminate_dead_code()
         attributes = {
-            str(node.target): _attribute(self._module, str(node.target))
+            str(node.target): attribute(self._module, str(node.target))
             for node in graph.nodes
             if node.op in ("get_attr", "call_module")
         }
@@ -198,7 +219,7 @@ class FxGraph:
 
     def _value(self, node: torch.fx.Node) -> Value:
         if node.op == "get_attr":
-            tensor = _attribute(self._module, str(node.target))
+            tensor = attribute(self._module, str(node.target))
             if isinstance(tensor, torch.Tensor):
                 learned = isinstance(tensor, torch.nn.Parameter)
                 return Value(
@@ -211,8 +232,7 @@ class FxGraph:
         dtype: str | None = None
         seen = node.meta.get("val")
         if isinstance(seen, torch.Tensor):
-            sizes: tuple[Any, ...] = tuple(seen.shape)  # symbols where the axis is dynamic
-            shape = tuple(size if isinstance(size, int) else None for size in sizes)
+            shape = tuple(map(_length, seen.shape))
             dtype = _dtype_name(seen.dtype)
         scalar = scalar_of(node) if node.op == "call_function" else None
         if node in self._weights:
@@ -280,7 +300,7 @@ class FxSegment:
 
     def _run(self, node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> Any:
         if node.op == "get_attr":
-            return _attribute(self._module, str(node.target))
+            return attribute(self._module, str(node.target))
         args = torch.fx.node.map_arg(node.args, env.__getitem__)
         kwargs = torch.fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.op == "call_module":
@@ -290,15 +310,27 @@ class FxSegment:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def argument_leaves(
+def argument_paths(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Any]:
-    """The tensors of a call, in the order of the parameters of `forward`, as torch.export has it.
+) -> dict[tuple[Any, ...], Any]:
+    """The tensors of a call by where they are: the parameter of `forward`, then keys inside of it.
 
-    Raises TypeError if the arguments do not fit.
+    In the order of the parameters, as torch.export has it. Raises TypeError if the arguments do
+    not fit.
     """
-    leaves: list[Any] = pytree.tree_leaves(_bound(forward, args, kwargs))
-    return leaves
+    bound = _bound(forward, args, kwargs)
+    try:
+        leaves, _ = pytree.tree_flatten_with_path(bound)
+    except ValueError:  # a container of the user's, registered without keys: by place
+        return {(place,): leaf for place, leaf in enumerate(pytree.tree_leaves(bound))}
+    return dict(leaves)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A path of `argument_paths` as it is told to users: parameter, keys and places."""
+    return ".".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
 
 
 def automatic_axes(
@@ -307,7 +339,7 @@ def automatic_axes(
     kwargs: dict[str, Any],
     axes: Sequence[Collection[int]],
 ) -> dict[str, Any]:
-    """`dynamic_shapes` for torch.export: AUTO for the given axes of each of `argument_leaves`."""
+    """`dynamic_shapes` for torch.export: AUTO for the given axes of each of `argument_paths`."""
     auto = torch.export.Dim.AUTO
     marks = [dict.fromkeys(sorted(own), auto) or None for own in axes]
     tree = pytree.tree_structure(_bound(forward, args, kwargs))
@@ -319,6 +351,20 @@ def _bound(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """A tensor of the array's shape and dtype, over its memory where torch can use that.
+
+    Raises DataError for a dtype that torch does not have.
+    """
+    own = np.require(array, requirements=["C", "W"])  # not ascontiguousarray: that adds an axis
+    try:
+        if own.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(own)
+    except TypeError as error:
+        raise DataError(f"an array has dtype {array.dtype}, which torch does not have") from error
 
 
 def _put(
@@ -339,19 +385,25 @@ def _put(
         with graph.inserting_after(call):
             result = graph.call_function(torch.ops.aten.to.dtype, (call, dtype))
         result.meta = dict(end.meta)
+    if end.meta["val"].is_contiguous() and not source.meta["val"].is_contiguous():
+        with graph.inserting_after(result):  # what follows may view it
+            result = graph.call_function(torch.ops.aten.contiguous.default, (result,))
+        result.meta = dict(end.meta)
     end.replace_all_uses_with(result)
     copies[site.output.native] = result  # a later site may read this one
     return call
 
 
-def _attribute(module: torch.nn.Module, path: str) -> Any:
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """What a module holds under a dotted path."""
     found: Any = module
     for name in path.split("."):
         found = getattr(found, name)
     return found
 
 
-def _ancestors(stop: Iterable[torch.fx.Node], known: set[torch.fx.Node]) -> set[torch.fx.Node]:
+def ancestors(stop: Iterable[torch.fx.Node], known: set[torch.fx.Node]) -> set[torch.fx.Node]:
+    """The nodes that `stop` is computed from, itself among them, as far back as `known`."""
     pending, seen = [node for node in stop if node not in known], set[torch.fx.Node]()
     while pending:
         node = pending.pop()
@@ -380,6 +432,12 @@ def _schema_name(node: torch.fx.Node) -> str:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _length(size: int | torch.SymInt) -> int | None:
+    """The length of an axis, None where it is dynamic: a symbol may stand for a known number."""
+    known: int | None = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+    return known
 
 
 def _output_names(module: torch.fx.GraphModule, count: int) -> list[str]:

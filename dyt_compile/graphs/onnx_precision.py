@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -16,38 +16,51 @@ NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 WIDE = ir.DataType.FLOAT
 
+LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 2.0**127 * (2 - 2.0**-7)}
+
+ANGLE_STEPS = 32
+"""Nodes between positions and the sine; rotary embeddings take about eight."""
+
 UNTYPED = {"Cast", "CastLike", "Constant", "If", "Loop", "Scan"}
 """Operators that do not compute in the type of their inputs, or hold others that do."""
 
 
 def holds(model: ir.Model, dtype: ir.DataType) -> bool:
     """Whether any value of the model has the type."""
-    graph = model.graph
-    values = (*graph.inputs, *graph.initializers.values(), *_made(graph))
-    return any(value.dtype is dtype for value in values)
+    return any(
+        value.dtype is dtype
+        for graph in _graphs(model)
+        for value in (*graph.inputs, *graph.initializers.values(), *_made(graph))
+    )
 
 
 def narrow(model: ir.Model, dtype: ir.DataType, wide: Collection[ir.Node] = ()) -> None:
     """Let the model compute in `dtype`, in place; its inputs and outputs keep their types.
 
     wide: nodes that go on computing in float32, together: nothing is rounded between them. So do
-    operators that ONNX does not define for `dtype`. The alpha and shift of DyT stay float32.
+    operators that ONNX does not define for `dtype`, and the angles of positional encodings. The
+    alpha and shift of DyT stay float32.
     """
     wide = {*wide, *(node for node in model.graph.all_nodes() if not _takes(node, model, dtype))}
+    wide |= set(_angles(model))
     kept = set(_read_in_float32(model, wide))
+    kept |= {value for value in model.graph.outputs if value.is_initializer()}
     surface(model, dtype, outside=WIDE)
+    for value in (v for graph in model.graph.subgraphs() for v in graph.inputs):
+        if value.dtype is WIDE:
+            value.type = ir.TensorType(dtype)
     for graph in _graphs(model):
         for value in graph.initializers.values():
             if value.dtype is WIDE and value not in kept and value.const_value is not None:
                 value.const_value = _cast_tensor(value.const_value, dtype)
-                value.dtype = dtype
+                value.type = ir.TensorType(dtype)
         for node in graph:
             if _is_border(node) or any(value in kept for value in node.outputs):
                 continue
             _retype(node, dtype)
             for value in node.outputs:
                 if value.dtype is WIDE:
-                    value.dtype = dtype
+                    value.type = ir.TensorType(dtype)
     widen(model, dtype, wide, rounded=False)
 
 
@@ -71,6 +84,8 @@ def widen(
             within = chosen is None or node in chosen
             if not within or node.op_type in UNTYPED or node.domain == DOMAIN:
                 continue
+            if chosen is None and not any(v is not None and v.dtype is dtype for v in node.inputs):
+                continue  # it makes a value of the type, and computes with none
             for place, value in enumerate(node.inputs):
                 if value is None or value.dtype is not dtype:
                     continue
@@ -82,6 +97,17 @@ def widen(
                     result = _narrowed(graph, node, value, dtype, names)
                     if not rounded:
                         wide_of[result] = value
+        if not rounded:
+            _remove_unread(graph, wide_of)
+
+
+def _remove_unread(graph: ir.Graph, rounded: Iterable[ir.Value]) -> None:
+    """Remove the casts of results that only wide nodes read."""
+    for value in rounded:
+        node = value.producer()
+        added = node is not None and node.op_type == "Cast" and node.graph is graph
+        if node is not None and added and not value.uses() and not value.is_graph_output():
+            graph.remove(node, safe=True)
 
 
 class _Names:
@@ -114,7 +140,8 @@ def _narrowed(
     value.replace_all_uses_with(result, replace_graph_outputs=True)
     cast.replace_input_with(0, value)
     value.name, result.name = names.free(f"{name}_wide"), name
-    value.dtype, result.dtype, result.shape = WIDE, dtype, value.shape
+    value.type, result.type = ir.TensorType(WIDE), ir.TensorType(dtype)
+    result.shape = value.shape
     graph.insert_after(node, cast)
     return result
 
@@ -123,7 +150,7 @@ def _widened(graph: ir.Graph, before: ir.Node, value: ir.Value, names: _Names) -
     cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", WIDE.value)], num_outputs=1)
     result = cast.outputs[0]
     result.name = names.free(f"{value.name}_float")
-    result.dtype, result.shape = WIDE, value.shape
+    result.type, result.shape = ir.TensorType(WIDE), value.shape
     graph.insert_before(before, cast)
     return result
 
@@ -136,9 +163,10 @@ def surface(model: ir.Model, dtype: ir.DataType, *, outside: ir.DataType) -> Non
     graph = model.graph
     names = _Names(model)
     first = graph[0] if len(graph) else None
-    for value in graph.inputs:
-        if value.dtype is outside and first is not None and not value.is_initializer():
-            value.dtype = WIDE
+    weights = [value for value in graph.outputs if value.is_initializer()]
+    for value in (*(v for v in graph.inputs if not v.is_initializer()), *weights):
+        if value.dtype is outside and first is not None and value.uses():
+            value.type = ir.TensorType(WIDE)  # clones of a model share their types
             readers = list(value.uses())
             result = _border(value, dtype, names.free(f"{value.name}_inner"))
             graph.insert_before(first, _producer(result))
@@ -158,7 +186,7 @@ def _border(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
     cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype.value)], num_outputs=1)
     cast.meta[BORDER] = True
     result = cast.outputs[0]
-    result.name, result.shape, result.dtype = name, value.shape, dtype
+    result.name, result.shape, result.type = name, value.shape, ir.TensorType(dtype)
     return result
 
 
@@ -187,6 +215,28 @@ def _takes(node: ir.Node, model: ir.Model, dtype: ir.DataType) -> bool:
             if wanted not in parameter.types:
                 return False
     return True
+
+
+def _angles(model: ir.Model) -> Iterator[ir.Node]:
+    """Sin and Cos and what computes their angles from positions: fp16 counts no further than 2048.
+
+    Angles that depend on activations are no positions.
+    """
+    for root in model.graph.all_nodes():
+        if root.op_type not in ("Sin", "Cos"):
+            continue
+        found: dict[ir.Node, None] = {}
+        pending: list[ir.Node] = [root]
+        while pending and len(found) < ANGLE_STEPS:
+            node = pending.pop()
+            found[node] = None
+            floats = [v for v in node.inputs if v is not None and v.dtype is WIDE]
+            if any(value.is_graph_input() and not value.is_initializer() for value in floats):
+                break
+            producers = (value.producer() for value in floats)
+            pending.extend(p for p in producers if p is not None and p not in found)
+        if not pending:
+            yield from found
 
 
 def _read_in_float32(model: ir.Model, wide: Collection[ir.Node]) -> Iterator[ir.Value]:
@@ -226,11 +276,10 @@ def _retype(node: ir.Node, dtype: ir.DataType) -> None:
 
 
 def _cast_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
-    """The tensor in the narrow type; finite values beyond fp16's range become its largest."""
+    """The tensor in the narrow type; finite values beyond its range become its largest."""
     array = tensor.numpy()
-    if dtype is ir.DataType.FLOAT16:
-        limit = np.finfo(np.float16).max
-        array = np.where(np.isfinite(array), np.clip(array, -limit, limit), array)
+    limit = LARGEST[dtype]
+    array = np.where(np.isfinite(array), np.clip(array, -limit, limit), array)
     return ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=tensor.name)
 
 

@@ -94,10 +94,11 @@ class _Builder:
         """An initializer."""
         self._count += 1
         name = f"{self._fused.outputs[0].name}_constant{self._count}"
+        tensor = ir.tensor(array, name=name)
         value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name)
-        )
-        value.dtype = ir.DataType.from_numpy(array.dtype)
+            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )  # fmt: skip
         self._graph.register_initializer(value)
         return value
 

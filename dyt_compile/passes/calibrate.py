@@ -146,14 +146,15 @@ class _Walk:
     def observe(self, site: NormSite, seed: int) -> RowSample:
         """Rows of the site's input in the converted and of its output in the original model."""
         sample, norm = RowSample(seed), self._graph.segment([site.input], [site.output])
+        shapes = [values[site.input].shape for values in self._converted]
+        layout = _Layout(site, shapes, self._masks)
         for original, converted, mask in zip(
             self._original, self._converted, self._masks, strict=True
         ):
             (y,) = norm([original[site.input].load()])
             original[site.output] = self._shelf.keep(y, site.output)
             x = self._graph.to_array(converted[site.input].load())
-            layout = _Layout(site, x.shape)
-            counted = layout.counted(mask)
+            counted = layout.counted(mask, x.shape)
             sample.add(layout.rows(x)[counted], layout.rows(self._graph.to_array(y))[counted])
         return sample
 
@@ -180,35 +181,70 @@ class _Walk:
 
 
 class _Layout:
-    """How a site's tensor is read as rows of channels.
+    """How a site's tensors, one a batch, are read as rows of channels.
 
     Channels are the axes over which gamma varies: the normalized one, or that and others (a gamma
-    of its own for each head).
+    of its own for each head). shapes, masks: of all batches, which tell together where the axes
+    of the masks lie: a batch of as many samples as tokens could be read in two ways.
     """
 
-    def __init__(self, site: NormSite, shape: tuple[int, ...]) -> None:
-        self._axes = [
-            axis % len(shape)
+    def __init__(
+        self,
+        site: NormSite,
+        shapes: Sequence[tuple[int, ...]],
+        masks: Sequence[npt.NDArray[np.bool_] | None],
+    ) -> None:
+        rank = max(map(len, shapes), default=0)
+        self._channels = [
+            axis % rank
             for axis, size in zip(range(-len(site.parameter_shape), 0), site.parameter_shape,
                                   strict=True)
             if size != 1 or axis in site.axes
         ]  # fmt: skip
-        self._shape = shape
+        self._others = [axis for axis in range(rank) if axis not in self._channels]
+        found = [
+            _mask_axes(shape, self._others, mask.shape)
+            for shape, mask in zip(shapes, masks, strict=True)
+            if mask is not None
+        ]
+        common = set.intersection(*found) if found else set()
+        self._mask_axes = common.pop() if len(common) == 1 else None
 
     def rows(self, array: npt.NDArray[Any]) -> Array:
         """Float32 [rows, channels]."""
-        count = len(self._axes)
-        moved = np.moveaxis(array, self._axes, range(-count, 0))
+        count = len(self._channels)
+        moved = np.moveaxis(array, self._channels, range(-count, 0))
         channels = int(np.prod(moved.shape[-count:]))
         return np.ascontiguousarray(moved.reshape(-1, channels), dtype=np.float32)
 
-    def counted(self, mask: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.bool_] | slice:
-        """The rows that a mask of [samples, positions] lets count; all where it fits none."""
-        rows = int(np.prod([n for place, n in enumerate(self._shape) if place not in self._axes]))
-        leading = self._shape[: 2 if mask is None else mask.ndim]
-        if mask is None or rows != mask.size or (leading != mask.shape and len(self._shape) != 2):
+    def counted(
+        self, mask: npt.NDArray[np.bool_] | None, shape: tuple[int, ...]
+    ) -> npt.NDArray[np.bool_] | slice:
+        """The rows that a mask of [samples, tokens] lets count; all where its place is unknown."""
+        if mask is None or self._mask_axes is None:
             return slice(None)
-        return mask.reshape(-1)
+        samples, tokens = self._mask_axes
+        if samples == tokens:
+            return mask.reshape(-1)
+        turned = mask if samples < tokens else mask.T
+        spread = [shape[axis] if axis in self._mask_axes else 1 for axis in self._others]
+        lengths = [shape[axis] for axis in self._others]
+        return np.broadcast_to(turned.reshape(spread), lengths).reshape(-1)
+
+
+def _mask_axes(
+    shape: tuple[int, ...], axes: Sequence[int], mask: tuple[int, ...]
+) -> set[tuple[int, int]]:
+    """Where samples and tokens of a mask can lie among the axes, of which one is axis 0.
+
+    (0, 0): both, flattened.
+    """
+    if list(axes) == [0]:
+        return {(0, 0)} if len(shape) == 2 and shape[0] == mask[0] * mask[1] else set()
+    if 0 not in axes:
+        return set()
+    pairs = [pair for axis in axes if axis for pair in ((0, axis), (axis, 0))]
+    return {(s, t) for s, t in pairs if (shape[s], shape[t]) == mask}
 
 
 def _shaped(parameters: DytParameters, site: NormSite) -> DytParameters:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +43,10 @@ def capture(
     and every axis whose length differs between the example and `batches`.
     A module is traced in evaluation mode, and left in the mode that it had.
 
-    Raises CaptureError if the model cannot be read or traced, OptionError for other types.
+    Raises CaptureError if the model cannot be read or traced, OptionError for other types and for
+    an unknown provider.
     """
+    _check_provider(provider)
     if isinstance(model, (str, Path)) and is_folder(Path(model)):
         return _from_folder(Path(model), args, dict(kwargs or {}), batches, dynamic_shapes)
     if isinstance(model, (str, Path)):
@@ -54,11 +58,28 @@ def capture(
         return OnnxGraph.from_model(model.graph.name or "model", model, provider)
     if kind == "torch.export.exported_program.ExportedProgram":
         return _from_program(model, type(model).__name__)
-    if hasattr(model, "forward"):
+    if _is_module(model):
         return _from_module(model, args, dict(kwargs or {}), batches, dynamic_shapes)
     raise OptionError(
         f"model is a {kind}; allowed: nn.Module, ExportedProgram, GraphModule, onnx_ir.Model, "
         "or the path of an .onnx file, a .pt2 file or a Hugging Face folder"
+    )
+
+
+def _check_provider(provider: str) -> None:
+    from ..runtime import PROVIDERS
+
+    if provider not in tuple(PROVIDERS):  # of torch models too, which have no use for it
+        raise OptionError(f"provider is {provider!r}; allowed: {', '.join(PROVIDERS)}")
+
+
+def _is_module(model: Any) -> bool:
+    """Whether it is a module that torch.export traces; without torch nothing is."""
+    torch = sys.modules.get("torch")
+    return (
+        torch is not None
+        and isinstance(model, torch.nn.Module)
+        and not isinstance(model, torch.jit.ScriptModule)
     )
 
 
@@ -115,7 +136,7 @@ def _from_module(
 
     if not args and not kwargs:
         raise OptionError("a torch model needs an example of its inputs to be traced; none given")
-    args, kwargs = _as_tensors((args, kwargs))
+    args, kwargs = _as_tensors((args, _in_order(module, kwargs)))
     if dynamic_shapes is None:
         from ..graphs.fx import automatic_axes
 
@@ -155,11 +176,22 @@ def _plain(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return plain
 
 
+def _in_order(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as `forward` has them: the traced module takes them by place in that order.
+
+    Else a batch given by place would be bound to the names in the order of the example.
+    """
+    names = list(inspect.signature(module.forward).parameters)
+    known = {name: kwargs[name] for name in names if name in kwargs}
+    return known | kwargs
+
+
 def _as_tensors(tree: Any) -> Any:
-    import torch
     from torch.utils._pytree import tree_map_only
 
-    return tree_map_only(np.ndarray, torch.from_numpy, tree)
+    from ..graphs.fx import as_tensor
+
+    return tree_map_only(np.ndarray, as_tensor, tree)
 
 
 def _at_least_two_rows(tree: Any) -> Any:
@@ -178,24 +210,31 @@ def _varying_axes(
     module: torch.nn.Module, example: tuple[Any, ...], batches: Iterable[Any]
 ) -> list[set[int]]:
     """For each tensor of the example, axis 0 and the axes whose length differs between batches."""
-    from ..graphs.fx import argument_leaves
+    from ..graphs.fx import argument_paths
 
-    def shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, ...]]:
+    def shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, tuple[int, ...]]:
         try:
-            leaves = argument_leaves(module.forward, args, kwargs)
+            found = argument_paths(module.forward, args, kwargs)
         except TypeError as error:
             told = ", ".join(kwargs) or f"{len(args)} tensors"
             raise DataError(
                 f"{told} given, which do not fit {type(module).__name__}.forward: {error}"
             ) from error
-        return [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+        return {path: tuple(getattr(leaf, "shape", ())) for path, leaf in found.items()}
 
     known = shapes(*example)
-    varying = [{0} if shape else set() for shape in known]
+    varying: dict[Any, set[int]] = {path: {0} if shape else set() for path, shape in known.items()}
     for batch in batches:
         found = shapes(*as_arguments(batch))
-        if [len(shape) for shape in found] != [len(shape) for shape in known]:
-            raise DataError(f"a batch has tensors of shapes {found}; the example: {known}")
-        for axes, shape, other in zip(varying, known, found, strict=True):
-            axes.update(a for a, (m, n) in enumerate(zip(shape, other, strict=True)) if m != n)
-    return varying
+        if {p: len(shape) for p, shape in found.items()} != {p: len(s) for p, s in known.items()}:
+            raise DataError(f"a batch has tensors {_told(found)}; the example: {_told(known)}")
+        for path, axes in varying.items():
+            lengths = enumerate(zip(known[path], found[path], strict=True))
+            axes.update(axis for axis, (m, n) in lengths if m != n)
+    return list(varying.values())
+
+
+def _told(shapes: Mapping[Any, tuple[int, ...]]) -> str:
+    from ..graphs.fx import path_name
+
+    return ", ".join(f"{path_name(path)} {list(shape)}" for path, shape in shapes.items())

@@ -7,6 +7,7 @@ prefix is found by bisection, then later sites are tried one by one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -70,7 +71,7 @@ class _Search:
         attempt: Callable[[frozenset[str]], Attempt],
         budget: float,
     ) -> None:
-        self._order = sorted(sensitivities, key=lambda name: sensitivities[name])
+        self._order = sorted(sensitivities, key=lambda name: _rank(sensitivities[name]))
         self._sensitivities = sensitivities
         self._attempt = attempt
         self._budget = budget
@@ -95,7 +96,7 @@ class _Search:
         failures = 0
         # The first one behind the prefix is known to fail: that ended the bisection.
         for name in track(self._order[len(taken) + 1 :], "planning"):
-            if failures == PATIENCE or self._sensitivities[name] > self._budget:
+            if failures == PATIENCE or not self._sensitivities[name] <= self._budget:
                 return
             if self._affordable(taken | {name}):
                 taken, failures = taken | {name}, 0
@@ -106,7 +107,7 @@ class _Search:
         total, count = 0.0, 0
         for name in self._order:
             total += self._sensitivities[name] ** 2
-            if total > self._budget**2:
+            if not total <= self._budget**2:  # NaN keeps no budget
                 break
             count += 1
         return max(count, 1)
@@ -118,3 +119,8 @@ class _Search:
         if kept and (self.best is None or len(names) > len(self.best.names)):
             self.best = tried
         return kept
+
+
+def _rank(sensitivity: float) -> float:
+    """What sites are sorted by: NaN, which has no order, comes last."""
+    return math.inf if math.isnan(sensitivity) else sensitivity

@@ -11,7 +11,7 @@ from ..dyt import DytParameters
 from ..errors import RewriteError
 from ..graphs.base import Graph
 from ..sites import Match, NormKind, NormSite
-from ..terms import Value
+from ..terms import Op, Value
 
 __all__ = ["rewrite"]
 
@@ -26,7 +26,8 @@ def rewrite(
     replacements = []
     for site in match.sites:
         if site.kind.lossless:
-            replacements.append((site, _held(graph, site)))
+            if not _is_one_node(site):
+                replacements.append((site, _held(graph, site)))
         elif site.name in convert:
             fit = None if calibration is None else calibration.fits.get(site.name)
             if fit is None or fit.parameters is None:
@@ -34,6 +35,11 @@ def rewrite(
                 raise RewriteError(f"site {site.name!r} has no fit: {reason}")
             replacements.append((site, fit.parameters))
     return graph.replace(replacements)
+
+
+def _is_one_node(site: NormSite) -> bool:
+    """Whether the graph holds the DyT as our operator already."""
+    return site.output.producer is not None and site.output.producer.op is Op.DYT
 
 
 def _held(graph: Graph, site: NormSite) -> DytParameters:

@@ -22,6 +22,7 @@ class Reference:
         self, graph: Graph, samples: Part, shelf: Shelf, *, output: str | None, metric: str
     ) -> None:
         self.output = chosen_output(graph, output)
+        self._named = output is not None
         self._graph = graph
         self._samples = samples
         self._metric = metric
@@ -32,9 +33,12 @@ class Reference:
             self._kept.append(shelf.keep(result, graph.outputs[self.output]))
 
     def measure(self, converted: Graph) -> Measurement:
-        """The error of a graph with the same inputs and outputs."""
+        """The error of a graph with the same inputs and outputs.
+
+        Outputs of other names are taken by place, where the user named none.
+        """
         tally = Tally(self._metric)
-        value = converted.outputs[chosen_output(converted, self.output)]
+        value = converted.outputs[self._same_output(converted)]
         run = converted.segment(list(converted.inputs.values()), [value])
         for batch, kept in zip(self._samples, self._kept, strict=True):
             (result,) = run(self._given(converted, batch))
@@ -42,6 +46,12 @@ class Reference:
             mask = attention_mask(batch, self._graph)
             tally.add(original, converted.to_array(result), mask)
         return tally.measurement()
+
+    def _same_output(self, converted: Graph) -> str:
+        names, others = list(self._graph.outputs), list(converted.outputs)
+        if self._named or self.output in others or len(names) != len(others):
+            return chosen_output(converted, self.output)
+        return others[names.index(self.output)]
 
     def _given(self, converted: Graph, batch: Batch) -> list[Any]:
         """The batch as the other graph takes it; the two may be of different worlds."""
@@ -65,7 +75,7 @@ def chosen_output(graph: Graph, name: str | None) -> str:
     Raises OptionError for a name that the model does not have.
     """
     if name is not None:
-        if name not in graph.outputs:
+        if name not in tuple(graph.outputs):
             raise OptionError(f"output is {name!r}; the model's are: {', '.join(graph.outputs)}")
         return name
     for candidate, value in graph.outputs.items():

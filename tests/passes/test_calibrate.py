@@ -433,7 +433,6 @@ class HeadsMasked(Heads):
         return super().forward(x) * attention_mask[..., None]
 
 
-@pytest.mark.xfail(strict=True, reason="a mask of [samples, tokens] counts no rows of heads out")
 def test_masked_rows_of_heads_do_not_count() -> None:
     x, mask = _inputs(), _mask()
     graph = capture(HeadsMasked().eval(), kwargs=_masked(x, mask)[0])
@@ -474,3 +473,51 @@ def test_norm_over_the_first_channels_is_fitted_along_them() -> None:
     assert expected.parameters.gamma is not None
     np.testing.assert_allclose(parameters.gamma.ravel(), expected.parameters.gamma, atol=1e-3)
     assert fit.fit_error == pytest.approx(expected.error, rel=1e-3)
+
+
+class TimeMajor(nn.Module):
+    """Tokens along axis 0 inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        y: Tensor = self.norm(x.transpose(0, 1)).transpose(0, 1)
+        return y * attention_mask[..., None]
+
+
+def test_masked_rows_of_tokens_first_do_not_count() -> None:
+    x, mask = _inputs(), _mask()
+    graph = capture(TimeMajor().eval(), kwargs=_masked(x, mask)[0])
+    changed = torch.where(mask[..., None] > 0, x, torch.tensor(1e4))
+    for size in (20, 7):
+        _assert_close(
+            _calibrated(graph, _masked(x, mask, size), ()),
+            _calibrated(graph, _masked(changed, mask, size), ()),
+            0,
+        )
+
+
+def test_batch_of_as_many_samples_as_tokens_is_read_as_the_others_are() -> None:
+    x, mask = _inputs(), _mask()
+    for model in (Masked().eval(), TimeMajor().eval()):
+        graph = capture(model, kwargs=_masked(x, mask)[0])
+        square = _masked(x, mask, TOKENS)
+        mixed = [*square[:-1], *_masked(x[-TOKENS:], mask[-TOKENS:], 3)]
+        own = _calibrated(graph, _masked(x, mask), ())
+        found = _calibrated(graph, mixed, ())
+        for name, fit in own.fits.items():
+            assert fit.sigma_peak == pytest.approx(found.fits[name].sigma_peak, rel=1e-5)
+            assert fit.sigma_median == pytest.approx(found.fits[name].sigma_median, rel=1e-5)
+
+
+def test_mask_that_could_be_read_in_two_ways_counts_nothing_out() -> None:
+    x, mask = _inputs(), _mask()
+    graph = capture(TimeMajor().eval(), kwargs=_masked(x, mask)[0])
+    square, ones = _masked(x, mask, TOKENS), torch.ones(TOKENS, TOKENS, dtype=torch.long)
+    _assert_close(
+        _calibrated(graph, square, ()),
+        _calibrated(graph, [batch | {"attention_mask": ones} for batch in square], ()),
+        0,
+    )

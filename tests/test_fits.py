@@ -1,0 +1,233 @@
+"""Fits: the closed form against a brute-force search, and the sample that it sees."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dyt_compile.dyt import DytParameters, evaluate
+from dyt_compile.fits import HELD_OUT, ROWS, Fit, RowSample, fit_diagonal
+
+pytestmark = pytest.mark.core
+
+Array = npt.NDArray[np.float32]
+
+
+def _layer_norm(x: Array) -> Array:
+    centred = x - x.mean(axis=1, keepdims=True)
+    return np.asarray(centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-6))
+
+
+def _normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _fitted(x: Array, y: Array) -> Fit:
+    fit = fit_diagonal(x, y)
+    assert isinstance(fit, Fit)
+    return fit
+
+
+def _residue(x: Array, y: Array, alpha: float) -> float:
+    """Sum of squares left by the best gamma and beta for one alpha, all in float64."""
+    t, wanted = np.tanh(alpha * x.astype(np.float64)), y.astype(np.float64)
+    left = 0.0
+    for channel in range(x.shape[1]):
+        design = np.stack([t[:, channel], np.ones(len(x))], axis=1)
+        solution = np.linalg.lstsq(design, wanted[:, channel], rcond=None)[0]
+        left += float(((design @ solution - wanted[:, channel]) ** 2).sum())
+    return left
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_fit_of_dyt_recovers_its_parameters(alpha: float, scale: float) -> None:
+    x = _normal(3000, 6) * np.float32(scale)
+    gamma, beta = 1 + 0.3 * _normal(6, seed=1), _normal(6, seed=2)
+    y = evaluate(DytParameters(np.array([alpha / scale], np.float32), gamma, beta), x)
+    fit = _fitted(x, y)
+    found = fit.parameters
+    assert found.gamma is not None
+    assert found.beta is not None
+    assert found.alpha.shape == (1,)
+    np.testing.assert_allclose(found.alpha * scale, alpha, rtol=0.03)  # the grid's own step
+    np.testing.assert_allclose(found.gamma, gamma, rtol=0.03)
+    np.testing.assert_allclose(found.beta, beta, atol=2e-3)
+    assert fit.error < 0.01
+
+
+def test_fit_without_exact_answer_equals_brute_force() -> None:
+    x = _normal(1600, 5) * np.linspace(0.5, 2.0, 5, dtype=np.float32)
+    x *= np.exp(0.4 * _normal(1600, 1, seed=3))
+    y = _layer_norm(x) * np.float32(1.3) + np.float32(0.2)
+    found = _fitted(x, y).parameters
+    assert found.gamma is not None
+    assert found.beta is not None
+    least = min(_residue(x, y, float(alpha)) for alpha in np.geomspace(0.05, 20, 600))
+    alpha = float(found.alpha[0])
+    assert _residue(x, y, alpha) <= least * 1.001
+    t = np.tanh(alpha * x.astype(np.float64))
+    for channel in range(5):
+        design = np.stack([t[:, channel], np.ones(len(x))], axis=1)
+        gamma, beta = np.linalg.lstsq(design, y[:, channel].astype(np.float64), rcond=None)[0]
+        assert found.gamma[channel] == pytest.approx(gamma, rel=1e-4)
+        assert found.beta[channel] == pytest.approx(beta, abs=1e-4)
+
+
+def test_fit_error_is_that_of_rows_held_out() -> None:
+    x = _normal(1200, 4)
+    y = _layer_norm(x)
+    fit = _fitted(x, y)
+    alpha = fit.parameters.alpha
+    held = np.arange(len(x)) % HELD_OUT == 0
+    t = np.tanh(alpha * x.astype(np.float64))
+    missed = 0.0
+    for channel in range(4):
+        design = np.stack([t[:, channel], np.ones(len(x))], axis=1)
+        solution = np.linalg.lstsq(design[~held], y[~held, channel], rcond=None)[0]
+        missed += float(((design[held] @ solution - y[held, channel]) ** 2).sum())
+    assert fit.error == pytest.approx(np.sqrt(missed) / np.linalg.norm(y[held]), rel=1e-3)
+
+
+def test_fit_of_channels_with_large_means_keeps_its_digits() -> None:
+    x, offset = _normal(2000, 3), np.float32(100)
+    fit = _fitted(x, np.tanh(x) + offset)
+    assert fit.parameters.beta is not None
+    assert fit.parameters.gamma is not None
+    np.testing.assert_allclose(fit.parameters.gamma, 1, rtol=0.02)
+    np.testing.assert_allclose(fit.parameters.beta, 100, rtol=1e-4)
+
+
+def test_fit_with_constant_channels_is_finite() -> None:
+    x = _normal(500, 5)
+    x[:, 0] = 3.0
+    fit = _fitted(x, _layer_norm(x))
+    for array in fit.parameters.named().values():
+        assert np.isfinite(array).all()
+        assert array.dtype == np.float32
+
+
+def test_fit_where_most_channels_are_constant_still_fits_the_rest() -> None:
+    x = np.zeros((500, 5), np.float32)
+    x[:, :2] = _normal(500, 2)
+    assert isinstance(fit_diagonal(x, _layer_norm(x)), Fit)
+
+
+def test_fit_of_constant_output_is_that_constant() -> None:
+    fit = _fitted(_normal(100, 3), np.full((100, 3), 2.5, np.float32))
+    x = _normal(10, 3, seed=4)
+    np.testing.assert_allclose(evaluate(fit.parameters, x), 2.5, atol=1e-4)
+
+
+def test_fit_of_zeros_has_no_error() -> None:
+    assert _fitted(_normal(100, 3), np.zeros((100, 3), np.float32)).error == 0.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", ["x", "y"])
+def test_fit_of_values_that_are_not_finite_gives_the_reason(bad: float, side: str) -> None:
+    arrays = {"x": _normal(100, 3), "y": _normal(100, 3, seed=1)}
+    arrays[side][17, 1] = bad
+    assert fit_diagonal(arrays["x"], arrays["y"]) == "its activations hold NaN or infinity"
+
+
+def test_fit_of_constant_input_gives_the_reason() -> None:
+    x = np.full((100, 3), 1.5, np.float32)
+    assert fit_diagonal(x, _normal(100, 3)) == "its input does not vary over the data"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2 * HELD_OUT - 1])
+def test_fit_of_too_few_rows_gives_the_reason(rows: int) -> None:
+    reason = fit_diagonal(_normal(rows, 3), _normal(rows, 3))
+    assert isinstance(reason, str)
+    assert str(rows) in reason
+    assert str(2 * HELD_OUT) in reason
+
+
+def test_fit_twice_gives_the_same_bits() -> None:
+    x = _normal(700, 4)
+    first, second = _fitted(x, _layer_norm(x)), _fitted(x.copy(), _layer_norm(x))
+    assert first.error == second.error
+    for a, b in zip(
+        first.parameters.named().values(), second.parameters.named().values(), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_fit_leaves_its_arguments_alone() -> None:
+    x, y = _normal(300, 4), _normal(300, 4, seed=5)
+    before = x.copy(), y.copy()
+    fit_diagonal(x, y)
+    np.testing.assert_array_equal(x, before[0])
+    np.testing.assert_array_equal(y, before[1])
+
+
+def _numbered(rows: int) -> tuple[Array, Array]:
+    x = np.arange(rows, dtype=np.float32)[:, None]
+    return x, -x
+
+
+def _sampled(rows: int, cuts: list[int], seed: int, limit: int) -> tuple[Array, Array]:
+    x, y = _numbered(rows)
+    sample = RowSample(seed, limit)
+    places = [0, *sorted(cut % (rows + 1) for cut in cuts), rows]
+    for start, stop in itertools.pairwise(places):
+        sample.add(x[start:stop], y[start:stop])
+    return sample.rows()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 300),
+    cuts=st.lists(st.integers(0, 300), max_size=12),
+    seed=st.integers(0, 2**31),
+    limit=st.integers(1, 120),
+)
+def test_sample_is_the_same_whatever_the_batches(
+    rows: int, cuts: list[int], seed: int, limit: int
+) -> None:
+    x, y = _sampled(rows, cuts, seed, limit)
+    whole, _ = _sampled(rows, [], seed, limit)
+    np.testing.assert_array_equal(x, whole)
+    np.testing.assert_array_equal(x, -y)  # pairs stay together
+    assert len(x) == min(rows, limit)
+    assert len(np.unique(x)) == len(x)
+
+
+def test_sample_is_uniform_over_the_stream() -> None:
+    counts = np.zeros(10)
+    for seed in range(200):
+        x, _ = _sampled(1000, [137, 520], seed * 1_000_003, 50)
+        counts += np.histogram(x, bins=10, range=(0, 1000))[0]
+    expected = counts.sum() / 10
+    squares = float(((counts - expected) ** 2 / expected).sum())
+    assert squares < 27.9  # the 99.9 % point of chi-squared with 9 degrees of freedom
+
+
+def test_sample_order_is_not_that_of_the_stream() -> None:
+    x, _ = _sampled(2000, [], 0, 2000)
+    correlation = np.corrcoef(x[:, 0], np.arange(2000))[0, 1]
+    assert abs(correlation) < 0.1
+
+
+def test_sample_of_another_seed_is_another() -> None:
+    first, second = _sampled(1000, [], 0, 100)[0], _sampled(1000, [], 1, 100)[0]
+    assert not np.array_equal(np.sort(first), np.sort(second))
+
+
+def test_sample_of_neighbouring_seeds_are_not_neighbouring_rows() -> None:
+    first, second = _sampled(2000, [], 0, 200)[0], _sampled(2000, [], 1, 200)[0]
+    assert len(np.intersect1d(first - 1, second)) < 50  # 20 by chance
+
+
+def test_sample_by_default_holds_the_rows_of_a_fit() -> None:
+    sample = RowSample(0)
+    for _ in range(4):
+        sample.add(_normal(2000, 2), _normal(2000, 2))
+    x, y = sample.rows()
+    assert x.shape == y.shape == (ROWS, 2)
