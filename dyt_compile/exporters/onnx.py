@@ -18,7 +18,7 @@ from ..errors import DataError, ExportError, OptionError, VerificationError, fir
 from ..files import replaced
 from ..graphs import onnx_functions
 from ..graphs.onnx import SCOPES, OnnxGraph
-from ..graphs.onnx_precision import NARROW, narrow
+from ..graphs.onnx_precision import NARROW, holds, narrow
 from ..passes.match import match
 from ..runtime import EMBEDDED_BYTES, Session
 
@@ -63,8 +63,9 @@ def export_onnx(
     """Write a converted model as an ONNX file in which every DyT is a `dyt` function.
 
     opset: 18 to 23; by default 20, or the file's own where the model came from ONNX. dtype:
-    "fp32", "fp16" or "bf16" inside the model, whose inputs and outputs keep their types and
-    names; alpha stays float32. Above 1.8 GB the weights go to `<name>.data` beside the file.
+    "fp16" or "bf16" inside the model, whose inputs and outputs keep their types and names;
+    alpha stays float32. By default nothing is narrowed. Above 1.8 GB the weights go to
+    `<name>.data` beside the file.
 
     Raises OptionError, ExportError, and VerificationError if the file does not compute what the
     converted model computes; in each case nothing is left at `path`.
@@ -79,8 +80,10 @@ def export_onnx(
         model = _from_onnx(graph, opset)
     else:
         model = _from_torch(graph, opset or DEFAULT_OPSET)
+    _forget_the_machine(model)
     if dtype in NARROW:
         narrow(model, NARROW[dtype], _kept_norms(model))
+    dtype = next((name for name, narrow_type in NARROW.items() if holds(model, narrow_type)), dtype)
     with replaced(target) as temporary:
         size = _save(model, temporary)
         error = _check(temporary, result, dtype, provider)
@@ -117,7 +120,9 @@ def _from_torch(graph: FxGraph, opset: int) -> ir.Model:
             dynamo=True,
             opset_version=opset,
             custom_translation_table=table,
-            output_names=list(graph.outputs),
+            output_names=[
+                f"{name}_output" if name in graph.inputs else name for name in graph.outputs
+            ],
             verbose=False,
         )
     except Exception as error:
@@ -128,12 +133,6 @@ def _from_torch(graph: FxGraph, opset: int) -> ir.Model:
         raise ExportError(f"torch.onnx.export wrote no program for {graph.name}")
     model: ir.Model = program.model
     onnx_functions.declare(model)
-    for node in model.graph.all_nodes():
-        # Stack traces hold the paths of the machine that exported the model.
-        scopes = node.metadata_props.get(SCOPES)
-        node.metadata_props.clear()
-        if scopes is not None:
-            node.metadata_props[SCOPES] = scopes
     _name_axes(model)
     return model
 
@@ -163,6 +162,13 @@ def _translation(form: Form) -> Any:
     )
     node = OnnxOp(Opset(DOMAIN, VERSION), form.name, schema)
     return lambda *inputs: node(*inputs, **onnx_functions.PLUGIN_ATTRIBUTES)
+
+
+def _forget_the_machine(model: ir.Model) -> None:
+    """Drop what torch's exporter noted for debugging: its stack traces hold paths."""
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if key.startswith("pkg.") and key != SCOPES]:
+            del node.metadata_props[key]
 
 
 def _kept_norms(model: ir.Model) -> set[ir.Node]:
@@ -203,6 +209,8 @@ def _save(model: ir.Model, path: Path) -> int:
     """Write the model; bytes of the file and of the weights beside it."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     external = f"{path.name}.data" if weights > EMBEDDED_BYTES else None
+    if external is None:
+        ir.external_data.load_to_model(model)  # the weights may lie beside the file it came from
     ir.save(model, path, external_data=external)
     try:
         onnx.checker.check_model(str(path), full_check=True)

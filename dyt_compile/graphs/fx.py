@@ -87,9 +87,10 @@ class FxGraph:
             {axis for axis, size in enumerate(value.shape or ()) if size is None}
             for value in self.inputs.values()
         ]
-        shapes = automatic_axes(self._module.forward, self.args, self.kwargs, symbolic)
+        module = _with_made_outputs(self._module)
+        shapes = automatic_axes(module.forward, self.args, self.kwargs, symbolic)
         return torch.export.export(
-            self._module, self.args, self.kwargs, dynamic_shapes=shapes, strict=False
+            module, self.args, self.kwargs, dynamic_shapes=shapes, strict=False
         )
 
     def bind(self, batch: Any) -> Batch:
@@ -365,6 +366,22 @@ def as_tensor(array: Array) -> torch.Tensor:
         return torch.from_numpy(own)
     except TypeError as error:
         raise DataError(f"an array has dtype {array.dtype}, which torch does not have") from error
+
+
+def _with_made_outputs(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The module, or a copy in which no output is an input itself: exporters name them apart."""
+    graph = torch.fx.Graph()
+    output = graph.output(graph.graph_copy(module.graph, {}))
+    graph._codegen = copy.deepcopy(module.graph._codegen)
+    passed = [node for node in output.all_input_nodes if node.op == "placeholder"]
+    if not passed:
+        return module
+    for node in passed:
+        with graph.inserting_before(output):
+            made = graph.call_function(torch.ops.aten.clone.default, (node,))
+        made.meta = dict(node.meta)
+        output.replace_input_with(node, made)
+    return torch.fx.GraphModule(module, graph)
 
 
 def _put(

@@ -55,7 +55,7 @@ def narrow(model: ir.Model, dtype: ir.DataType, wide: Collection[ir.Node] = ()) 
                 value.const_value = _cast_tensor(value.const_value, dtype)
                 value.type = ir.TensorType(dtype)
         for node in graph:
-            if _is_border(node) or any(value in kept for value in node.outputs):
+            if _is_border(node) or node in wide or any(value in kept for value in node.outputs):
                 continue
             _retype(node, dtype)
             for value in node.outputs:
@@ -74,7 +74,7 @@ def widen(
     """Let nodes (by default all) compute in float32 what they are given in `dtype`, in place.
 
     rounded: each result is rounded to `dtype`, as if the node had computed in it with a float32
-    accumulator; else only what leaves the set of nodes is.
+    accumulator; else the nodes' results are float32, and only what leaves the set is rounded.
     """
     chosen = None if nodes is None else set(nodes)
     names = _Names(model)
@@ -82,18 +82,19 @@ def widen(
         wide_of: dict[ir.Value, ir.Value] = {}
         for node in list(graph):
             within = chosen is None or node in chosen
-            if not within or node.op_type in UNTYPED or node.domain == DOMAIN:
+            if not within or node.domain == DOMAIN or (rounded and node.op_type in UNTYPED):
                 continue
             if chosen is None and not any(v is not None and v.dtype is dtype for v in node.inputs):
                 continue  # it makes a value of the type, and computes with none
             for place, value in enumerate(node.inputs):
-                if value is None or value.dtype is not dtype:
+                if value is None or value.dtype is not dtype or node.op_type in UNTYPED:
                     continue
                 if value not in wide_of:
                     wide_of[value] = _widened(graph, node, value, names)
                 node.replace_input_with(place, wide_of[value])
             for value in node.outputs:
-                if value.dtype is dtype:
+                computed = value.dtype is dtype and node.op_type not in UNTYPED
+                if computed or (value.dtype is WIDE and not rounded):
                     result = _narrowed(graph, node, value, dtype, names)
                     if not rounded:
                         wide_of[result] = value
