@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -13,20 +13,20 @@ from typing import Any
 
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
-from .data import Splits, split, whole
+from .data import split, whole
 from .errors import BudgetError, DataError, OptionError
 from .graphs.base import Batch, Graph
 from .metrics import Measurement, check_metric
-from .passes.calibrate import calibrate
 from .passes.capture import capture
 from .passes.match import match
-from .passes.plan import Attempt, Plan, plan
+from .passes.plan import Plan
 from .passes.rewrite import rewrite
 from .passes.verify import Reference, chosen_output
-from .progress import track
-from .report import Report, SiteReport, environment
+from .report import Report
+from .report.assembly import assemble
 from .shelf import Shelf
-from .sites import Match, NormSite
+from .sites import Match
+from .trials import Trials
 
 __all__ = ["Conversion", "compare", "convert", "inspect"]
 
@@ -125,34 +125,42 @@ def convert(
     if mode == "exact" or batches is None:
         with clock("rewrite"):
             rewritten = rewrite(graph, found, None, ())
-        report = _report(found, mode, metric, output, None, None, None, None, clock.seconds)
+        report = assemble(found, mode, metric, output, seconds=clock.seconds)
         return Conversion(rewritten, graph, found, None, report, _probe(graph, args, kwargs))
     with Shelf(graph) as shelf:
-        lossy = _Lossy(graph, found, split(graph, batches, seed), shelf, output, metric, seed)
+        trials = Trials(graph, found, split(graph, batches, seed), shelf, output, metric, seed)
         candidates = _candidates(found, exclude)
         with clock("calibrate and plan"):
             if mode == "all":
-                planned = Plan(lossy.attempt(frozenset(candidates)), {})
+                planned = Plan(trials.attempt(frozenset(candidates)), {})
             else:
-                planned = lossy.plan(candidates, budget)
+                planned = trials.plan(candidates, budget)
         with clock("rewrite"):
-            rewritten = lossy.rewrite(planned)
+            rewritten = trials.rewrite(planned)
         with clock("verify"):
-            measured = lossy.verify(rewritten)
+            measured = trials.verify(rewritten)
             if mode == "budget" and not measured.error <= budget:  # NaN keeps none
                 # Once back to the plan.
-                again = lossy.plan(candidates, _tightened(budget, measured.error))
+                again = trials.plan(candidates, _tightened(budget, measured.error))
                 planned = replace(again, attempts=planned.attempts + again.attempts)
-                rewritten = lossy.rewrite(planned)
-                measured = lossy.verify(rewritten)
+                rewritten = trials.rewrite(planned)
+                measured = trials.verify(rewritten)
                 if not measured.error <= budget:
                     raise BudgetError(_broken(metric, measured, budget, len(planned.converted)))
     limit = budget if mode == "budget" else None
-    report = _report(
-        found, mode, metric, output, limit, measured, planned, lossy.isolated, clock.seconds
+    report = assemble(
+        found,
+        mode,
+        metric,
+        output,
+        budget=limit,
+        measured=measured,
+        planned=planned,
+        isolated=trials.isolated,
+        seconds=clock.seconds,
     )
     chosen = planned.chosen
-    kept = lossy.isolated if chosen is None else chosen.calibration
+    kept = trials.isolated if chosen is None else chosen.calibration
     return Conversion(rewritten, graph, found, kept, report, _probe(graph, args, kwargs))
 
 
@@ -181,85 +189,6 @@ def compare(
         samples = whole(original, batches)
         reference = Reference(original, samples, shelf, output=output, metric=metric)
         return reference.measure(other)
-
-
-class _Lossy:
-    """The stages that need samples, over one model and one split."""
-
-    def __init__(
-        self,
-        graph: Graph,
-        found: Match,
-        samples: Splits,
-        shelf: Shelf,
-        output: str,
-        metric: str,
-        seed: int,
-    ) -> None:
-        self._graph = graph
-        self._match = found
-        self._samples = samples
-        self._seed = seed
-        self._output = output
-        self._metric = metric
-        self._shelf = shelf
-        self._planning = self._reference("plan")
-        self.isolated: Calibration | None = None
-        self._attempts: dict[frozenset[str], Attempt] = {}
-
-    def attempt(self, names: frozenset[str]) -> Attempt:
-        """Calibrate with the named sites converted, and measure them on the plan samples."""
-        if names not in self._attempts:
-            self._attempts[names] = self._attempt(names)
-        return self._attempts[names]
-
-    def plan(self, candidates: Sequence[str], budget: float) -> Plan:
-        """Sensitivities from each site alone, then the search for the largest affordable set."""
-        if self.isolated is None:
-            self.isolated = calibrate(
-                self._graph, self._match, self._samples.fit, convert=(), seed=self._seed
-            )
-            self._sensitivities = {
-                name: self._alone(self.isolated, name)
-                for name in track(candidates, "measuring sites", len(candidates))
-                if self.isolated.fits[name].parameters is not None
-            }
-        return plan(self._sensitivities, self.attempt, budget)
-
-    def rewrite(self, planned: Plan) -> Graph:
-        """The graph with the plan's sites converted."""
-        if planned.chosen is None:
-            return rewrite(self._graph, self._match, None, ())
-        return self._rewritten(planned.chosen.calibration)
-
-    def verify(self, rewritten: Graph) -> Measurement:
-        """The error on samples that took part in nothing else."""
-        return self._reference("report").measure(rewritten)
-
-    def _attempt(self, names: frozenset[str]) -> Attempt:
-        fitted = calibrate(
-            self._graph, self._match, self._samples.fit, convert=self._tied(names), seed=self._seed
-        )
-        measured = self._planning.measure(self._rewritten(fitted))
-        return Attempt(names & fitted.converted, fitted, measured)
-
-    def _rewritten(self, fitted: Calibration) -> Graph:
-        return rewrite(self._graph, self._match, fitted, fitted.converted)
-
-    def _alone(self, fitted: Calibration, name: str) -> float:
-        alone = rewrite(self._graph, self._match, fitted, self._tied({name}))
-        return self._planning.measure(alone).error
-
-    def _tied(self, names: Collection[str]) -> frozenset[str]:
-        """The sites together with later calls of the same modules."""
-        followers = (site.name for site in self._match.sites if site.tied_to in names)
-        return frozenset((*names, *followers))
-
-    def _reference(self, part: str) -> Reference:
-        samples = getattr(self._samples, part)
-        return Reference(
-            self._graph, samples, self._shelf, output=self._output, metric=self._metric
-        )
 
 
 class _Clock:
@@ -367,62 +296,3 @@ def _example(example: Any, batches: Iterable[Any] | None) -> tuple[tuple[Any, ..
 def _probe(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch | None:
     """The example as a batch; without one, what the graph makes up."""
     return graph.bind((args, kwargs)) if args or kwargs else graph.example()
-
-
-def _report(
-    found: Match,
-    mode: str,
-    metric: str,
-    output: str,
-    budget: float | None,
-    measured: Measurement | None,
-    planned: Plan | None,
-    isolated: Calibration | None,
-    seconds: Mapping[str, float],
-) -> Report:
-    return Report(
-        model=found.model,
-        mode=mode,
-        metric=metric,
-        output=output,
-        budget=budget,
-        error=None if measured is None else measured.error,
-        standard_error=None if measured is None else measured.standard_error,
-        samples=0 if measured is None else measured.samples,
-        sites=tuple(_site_report(site, planned, isolated) for site in found.sites),
-        refusals=tuple(refusal.to_dict() for refusal in found.refusals),
-        attempts=() if planned is None else planned.attempts,
-        seconds=seconds,
-        environment=environment(),
-    )
-
-
-def _site_report(site: NormSite, planned: Plan | None, isolated: Calibration | None) -> SiteReport:
-    chosen = None if planned is None else planned.chosen
-    calibration = isolated if chosen is None else chosen.calibration
-    fit = None if calibration is None else calibration.fits.get(site.name)
-    stands_for = site.tied_to or site.name
-    converted = site.kind.lossless or (planned is not None and stands_for in planned.converted)
-    sensitivity = None if planned is None else planned.sensitivities.get(stands_for)
-    parameters = fit.parameters if fit is not None and converted else None
-    return SiteReport(
-        name=site.name,
-        kind=site.kind.value,
-        channels=site.channels,
-        consumers=site.consumers,
-        converted=converted,
-        reason=None if converted else _why_kept(planned, fit, sensitivity),
-        alpha=None if parameters is None else float(parameters.alpha.ravel()[0]),
-        fit_error=None if fit is None else fit.fit_error,
-        sensitivity=sensitivity,
-        sigma_median=None if fit is None else fit.sigma_median,
-        sigma_peak=None if fit is None else fit.sigma_peak,
-    )
-
-
-def _why_kept(planned: Plan | None, fit: Any, sensitivity: float | None) -> str:
-    if planned is None:
-        return "mode exact"
-    if fit is not None and fit.reason is not None:
-        return str(fit.reason)
-    return "excluded" if sensitivity is None else "over budget"

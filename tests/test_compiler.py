@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dyt_compile
-from dyt_compile import Conversion, compiler
+from dyt_compile import Conversion, trials
 from dyt_compile.compiler import compare, convert, inspect
 from dyt_compile.data import split
 from dyt_compile.errors import (
@@ -212,13 +212,13 @@ def test_mode_budget_measures_no_set_twice(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets: list[frozenset[str]] = []
-    calibrate = compiler.calibrate
+    calibrate = trials.calibrate
 
     def counted(*args: Any, convert: Any, **kwargs: Any) -> Any:
         sets.append(frozenset(convert))
         return calibrate(*args, convert=convert, **kwargs)
 
-    monkeypatch.setattr(compiler, "calibrate", counted)
+    monkeypatch.setattr(trials, "calibrate", counted)
     report = convert(model, _batches(), budget=0.15).report
     assert len(sets) == len(set(sets))
     assert len(report.attempts) >= len(sets) - 1  # the isolated fits are no attempt
@@ -237,9 +237,9 @@ def test_mode_budget_keeps_its_budget_in_every_metric(model: nn.Module, metric: 
 def test_budget_that_the_report_samples_break_twice_is_an_error(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verify = compiler._Lossy.verify
+    verify = trials.Trials.verify
     monkeypatch.setattr(
-        compiler._Lossy,
+        trials.Trials,
         "verify",
         lambda self, graph: Measurement(0.9, 0.1, verify(self, graph).samples),
     )
@@ -252,7 +252,7 @@ def test_budget_that_the_report_samples_break_twice_is_an_error(
 def test_budget_that_the_report_samples_break_once_is_planned_again(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verify, calibrate = compiler._Lossy.verify, compiler.calibrate
+    verify, calibrate = trials.Trials.verify, trials.calibrate
     sets: list[frozenset[str]] = []
     counts: list[int] = []
 
@@ -265,8 +265,8 @@ def test_budget_that_the_report_samples_break_once_is_planned_again(
         sets.append(frozenset(convert))
         return calibrate(*args, convert=convert, **kwargs)
 
-    monkeypatch.setattr(compiler._Lossy, "verify", worse_at_first)
-    monkeypatch.setattr(compiler, "calibrate", counted)
+    monkeypatch.setattr(trials.Trials, "verify", worse_at_first)
+    monkeypatch.setattr(trials, "calibrate", counted)
     report = convert(model, _batches(), budget=0.3).report
     assert len(counts) == 2
     assert report.converted == counts[1] < counts[0]

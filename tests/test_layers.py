@@ -26,7 +26,7 @@ LAYERS = (
     ("data", "shelf"),
     ("passes",),
     ("exporters", "backends"),
-    ("report",),
+    ("report", "trials"),
     ("compiler",),
     ("cli", "__main__"),
 )

@@ -1,0 +1,75 @@
+"""The report of a conversion, put together from the records of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..calibration import Calibration
+from ..metrics import Measurement
+from ..passes.plan import Plan
+from ..sites import Match, NormSite
+from .records import Report, SiteReport, environment
+
+__all__ = ["assemble"]
+
+
+def assemble(
+    found: Match,
+    mode: str,
+    metric: str,
+    output: str,
+    *,
+    seconds: Mapping[str, float],
+    budget: float | None = None,
+    measured: Measurement | None = None,
+    planned: Plan | None = None,
+    isolated: Calibration | None = None,
+) -> Report:
+    """The report; `planned`, `measured` and `isolated` are None in mode "exact"."""
+    return Report(
+        model=found.model,
+        mode=mode,
+        metric=metric,
+        output=output,
+        budget=budget,
+        error=None if measured is None else measured.error,
+        standard_error=None if measured is None else measured.standard_error,
+        samples=0 if measured is None else measured.samples,
+        sites=tuple(_site_report(site, planned, isolated) for site in found.sites),
+        refusals=tuple(refusal.to_dict() for refusal in found.refusals),
+        attempts=() if planned is None else planned.attempts,
+        seconds=seconds,
+        environment=environment(),
+    )
+
+
+def _site_report(site: NormSite, planned: Plan | None, isolated: Calibration | None) -> SiteReport:
+    chosen = None if planned is None else planned.chosen
+    calibration = isolated if chosen is None else chosen.calibration
+    fit = None if calibration is None else calibration.fits.get(site.name)
+    stands_for = site.tied_to or site.name
+    converted = site.kind.lossless or (planned is not None and stands_for in planned.converted)
+    sensitivity = None if planned is None else planned.sensitivities.get(stands_for)
+    parameters = fit.parameters if fit is not None and converted else None
+    return SiteReport(
+        name=site.name,
+        kind=site.kind.value,
+        channels=site.channels,
+        consumers=site.consumers,
+        converted=converted,
+        reason=None if converted else _why_kept(planned, fit, sensitivity),
+        alpha=None if parameters is None else float(parameters.alpha.ravel()[0]),
+        fit_error=None if fit is None else fit.fit_error,
+        sensitivity=sensitivity,
+        sigma_median=None if fit is None else fit.sigma_median,
+        sigma_peak=None if fit is None else fit.sigma_peak,
+    )
+
+
+def _why_kept(planned: Plan | None, fit: Any, sensitivity: float | None) -> str:
+    if planned is None:
+        return "mode exact"
+    if fit is not None and fit.reason is not None:
+        return str(fit.reason)
+    return "excluded" if sensitivity is None else "over budget"
