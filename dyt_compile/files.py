@@ -30,7 +30,13 @@ def replaced(target: Path) -> Iterator[Path]:
     with folder as name:
         temporary = Path(name) / target.name
         yield temporary
-        for companion in sorted(Path(name).iterdir()):
-            if companion != temporary:
-                companion.replace(target.parent / companion.name)
-        temporary.replace(target)
+        try:
+            for companion in sorted(Path(name).iterdir()):
+                if companion != temporary:
+                    companion.replace(target.parent / companion.name)
+            temporary.replace(target)
+        except OSError as error:
+            raise ExportError(
+                f"cannot write {str(target)!r}: {error.filename2 or error.filename}: "
+                f"{error.strerror}"
+            ) from error

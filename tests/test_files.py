@@ -62,7 +62,7 @@ def test_nothing_appears_when_the_block_fails(tmp_path: Path) -> None:
 
 def test_nothing_appears_when_the_block_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("old")
-    with pytest.raises(FileNotFoundError), replaced(tmp_path / "model.onnx"):
+    with pytest.raises(ExportError), replaced(tmp_path / "model.onnx"):
         pass
     assert _contents(tmp_path) == {"model.onnx": "old"}
 

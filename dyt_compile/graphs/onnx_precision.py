@@ -233,10 +233,11 @@ def _angles(model: ir.Model) -> Iterator[ir.Node]:
             found[node] = None
             floats = [v for v in node.inputs if v is not None and v.dtype is WIDE]
             if any(value.is_graph_input() and not value.is_initializer() for value in floats):
+                found.clear()
                 break
             producers = (value.producer() for value in floats)
             pending.extend(p for p in producers if p is not None and p not in found)
-        if not pending:
+        if len(found) < ANGLE_STEPS:
             yield from found
 
 
