@@ -1,0 +1,1 @@
+"""The architectures of the matrix, one module a field; each holds a tuple SYSTEMS."""
