@@ -18,7 +18,7 @@ from ..dyt import DytParameters
 from ..errors import CaptureError, DataError, RewriteError
 from ..runtime import Session
 from ..sites import NormSite
-from ..terms import Alias, Op, Said, Term, Value
+from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
 from .base import Batch
 from .onnx_prepare import prepare
@@ -183,12 +183,10 @@ class OnnxGraph:
             value = self._values[output] = _seen(output)
             meant = said if place == 0 and isinstance(said, Said) else None
             meant = meant or Said(Op.OPAQUE, tuple(_read_by(node)))
-            inputs = [self._values[x] if isinstance(x, ir.Value) else x for x in meant.operands]
-            term = Term(
-                meant.op, inputs, value, meant.attributes,
+            self.terms += speak(
+                meant, value, lambda x: self._values[x] if isinstance(x, ir.Value) else x,
                 index=self._order[node], scope=_scope(node), label=node.op_type, within=within,
             )  # fmt: skip
-            self.terms.append(term)
 
 
 class OnnxSegment:
