@@ -36,7 +36,7 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     if not _hides(program.graph_module):
         return program
     try:
-        return program.run_decompositions({})
+        plain: torch.export.ExportedProgram = program.run_decompositions({})
     except Exception as error:  # noqa: BLE001 — torch raises whatever the model's operators raise
         logger.warning(
             "torch cannot bring the program into functional form (%s): norms that are computed in "
@@ -44,6 +44,7 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
             first_line(error),
         )
         return program
+    return plain
 
 
 def _hides(module: torch.fx.GraphModule) -> bool:

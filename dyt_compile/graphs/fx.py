@@ -319,12 +319,15 @@ def argument_paths(
     In the order of the parameters, as torch.export has it. Raises TypeError if the arguments do
     not fit.
     """
-    bound = _bound(forward, args, kwargs)
+    return dict(_leaves_by_path(_bound(forward, args, kwargs)))
+
+
+def _leaves_by_path(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Leaves with their paths; by place where a container was registered without keys."""
     try:
-        leaves, _ = pytree.tree_flatten_with_path(bound)
-    except ValueError:  # a container of the user's, registered without keys: by place
-        return {(place,): leaf for place, leaf in enumerate(pytree.tree_leaves(bound))}
-    return dict(leaves)
+        return pytree.tree_flatten_with_path(tree)[0]
+    except ValueError:
+        return [((place,), leaf) for place, leaf in enumerate(pytree.tree_leaves(tree))]
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -464,12 +467,11 @@ def _output_names(module: torch.fx.GraphModule, count: int) -> list[str]:
     if spec is None or spec.num_leaves != count:
         return ["output"] if count == 1 else [f"output_{place}" for place in range(count)]
     tree = pytree.tree_unflatten(list(range(count)), spec)
-    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    return [_joined(path, count) for path in paths]
+    return [_joined(path, count) for path, _ in _leaves_by_path(tree)]
 
 
 def _joined(path: tuple[Any, ...], count: int) -> str:
-    parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", ""))) for key in path]
+    parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
     if parts and isinstance(parts[0], str):
         return ".".join(map(str, parts))
     name = "_".join(map(str, parts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -199,7 +198,7 @@ def _transpose(a: Arguments, node: torch.fx.Node) -> Said | None:
 
 def _repeat(a: Arguments, node: torch.fx.Node) -> Said | None:
     """An expansion where only axes of length 1 are repeated."""
-    before, repeats = _shape(a["self"]), a.get("repeats", a.get("dims"))
+    before, repeats = _shape(a["self"]), a.get("repeats") or a["dims"]
     if before is None or len(before) != len(repeats):
         return None
     grown = all(count == 1 or size == 1 for size, count in zip(before, repeats, strict=True))
@@ -297,7 +296,7 @@ def _item(node: torch.fx.Node) -> Said | Alias | None:
     if name == "_native_batch_norm_legit" and target._overloadname == "no_stats":
         return Said(Op.INSTANCE_NORM, (source.args[0],)) if place == 0 else None
     if name == "broadcast_tensors" and isinstance(place, int):
-        return Said(Op.EXPAND, (source.args[0][place],))
+        return Said(Op.EXPAND, (source.all_input_nodes[place],))
     saying = _MULTIPLE.get(name, {}).get(place) if isinstance(place, int) else None
     return None if saying is None else saying(_arguments(source, target), node)
 
@@ -389,5 +388,5 @@ def scalar_of(node: torch.fx.Node) -> float | None:
     value = node.args[-1]
     shape = node.args[0] if name == "aten::full" else ()
     if isinstance(value, (int, float)) and isinstance(shape, (list, tuple)):
-        return float(value) if math.prod(shape or (1,)) == 1 else None
+        return float(value) if all(size == 1 for size in shape) else None
     return None
