@@ -30,6 +30,7 @@ from ..nn import operator
 from ..sites import NormSite
 from ..terms import Value
 from .fx import FxGraph, ancestors, attribute
+from .fx_regions import is_write
 
 __all__ = ["Frame", "Hold", "Replacement"]
 
@@ -102,7 +103,7 @@ class Frame:
             return "it lies inside a larger operator"
         places = [self._order[node] for node in self._between(site)]
         for node in islice(self._order, min(places), max(places) + 1):
-            if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            if is_write(node):
                 return f"{node.name} writes to a tensor while it is computed"
         return None
 
