@@ -283,6 +283,12 @@ _MULTIPLE: dict[str, dict[int, Saying]] = {
     "native_group_norm": {0: _group_norm},
     "_native_batch_norm_legit": {0: _refused(Op.BATCH_NORM)},
     "_native_batch_norm_legit_no_training": {0: _refused(Op.BATCH_NORM)},
+    "_native_batch_norm_legit_functional": {0: _refused(Op.BATCH_NORM)},
+    "_batch_norm_with_update": {0: _refused(Op.BATCH_NORM)},
+    "_batch_norm_with_update_functional": {0: _refused(Op.BATCH_NORM)},
+    "_batch_norm_no_update": {0: _refused(Op.BATCH_NORM)},
+    "native_batch_norm": {0: _refused(Op.BATCH_NORM)},
+    "cudnn_batch_norm": {0: _refused(Op.BATCH_NORM)},
 }
 """Operators with several results, by result."""
 
