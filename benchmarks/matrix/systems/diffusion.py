@@ -1,4 +1,4 @@
-"""Diffusion: the transformers and U-Nets of diffusers, most of whose norms are modulated (adaLN)."""
+"""Diffusion: transformers and U-Nets of diffusers, most of whose norms are modulated (adaLN)."""
 
 from __future__ import annotations
 
