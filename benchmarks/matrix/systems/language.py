@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..from_config import built, token_inputs
-from ..system import Inputs, System, is_norm
+from ..system import Inputs, System, is_norm, is_refused
 
 __all__ = ["SYSTEMS"]
 
@@ -51,6 +51,7 @@ def _system(
     full: dict[str, Any] | None = None,
     inputs: Callable[[nn.Module, int, int], Inputs] = token_inputs,
     norms: Callable[[nn.Module], bool] = is_norm,
+    refused: Callable[[nn.Module], bool] = is_refused,
 ) -> System:
     return System(
         name=name,
@@ -60,12 +61,18 @@ def _system(
         inputs=inputs,
         full=None if full is None else partial(built, architecture, full),
         is_norm=norms,
+        is_refused=refused,
     )
 
 
 def _llama4_norm(module: nn.Module) -> bool:
     """LLaMA 4's L2Norm divides by the root of the mean of squares: an RMSNorm without gamma."""
     return is_norm(module) or type(module).__name__ == "Llama4TextL2Norm"
+
+
+def _qwen3_next_refused(module: nn.Module) -> bool:
+    """The layer that scales its queries and its keys to length one: two calls of a function."""
+    return type(module).__name__ == "Qwen3NextGatedDeltaNet"
 
 
 ENCODERS = (
@@ -264,6 +271,7 @@ DECODERS = (
             "shared_expert_intermediate_size": 16,
             "layer_types": ["linear_attention", "full_attention"],
         },
+        refused=_qwen3_next_refused,
     ),
     _system("Gemma", "GemmaForCausalLM", {**DECODER, "head_dim": 8}),
     _system(
