@@ -87,6 +87,13 @@ def _is_norm(module: nn.Module) -> bool:
     return is_norm(module) and "Encoder" not in type(module).__name__
 
 
+def _with_weight_norm(architecture: str, settings: dict[str, Any]) -> nn.Module:
+    """A vocoder as it is trained, before the norms of its weights are folded away."""
+    model = built(architecture, settings)
+    model.apply_weight_norm()
+    return model
+
+
 WAVES = (
     _system("HuBERT", "HubertModel", WAVE),
     _system(
@@ -284,39 +291,44 @@ ENCODER_DECODERS = (
     ),
 )
 
-CODECS = (
-    _system(
-        "EnCodec",
-        "EncodecModel",
-        {
-            "hidden_size": 16,
-            "num_filters": 4,
-            "upsampling_ratios": [4, 2],
-            "codebook_size": 16,
-            "codebook_dim": 16,
-            "num_lstm_layers": 1,
-        },
+VOCODERS = (
+    System(
+        name="DAC",
+        group="speech",
+        source="transformers.DacModel",
+        small=partial(
+            _with_weight_norm,
+            "DacModel",
+            {
+                "encoder_hidden_size": 8,
+                "decoder_hidden_size": 16,
+                "downsampling_ratios": [2, 4],
+                "n_codebooks": 2,
+                "codebook_size": 16,
+                "codebook_dim": 4,
+            },
+        ),
         inputs=partial(_signal, shape=lambda _: (1, SAMPLES)),
     ),
-    _system(
-        "Mimi",
-        "MimiModel",
-        {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "num_filters": 4,
-            "upsampling_ratios": [4, 2],
-            "codebook_size": 16,
-            "codebook_dim": 16,
-            "num_quantizers": 4,
-            "vector_quantization_hidden_dimension": 16,
-            "upsample_groups": 32,
-        },
-        inputs=partial(_signal, shape=lambda _: (1, SAMPLES)),
+    System(
+        name="HiFi-GAN",
+        group="speech",
+        source="transformers.SpeechT5HifiGan",
+        small=partial(
+            _with_weight_norm,
+            "SpeechT5HifiGan",
+            {
+                "model_in_dim": MEL_BINS,
+                "upsample_initial_channel": 16,
+                "upsample_rates": [4, 4],
+                "upsample_kernel_sizes": [8, 8],
+                "resblock_kernel_sizes": [3],
+                "resblock_dilation_sizes": [[1, 3]],
+            },
+        ),
+        inputs=partial(_signal, name="spectrogram", shape=lambda _: (12, MEL_BINS)),
     ),
 )
+"""Nothing to find: weight norm on convolutions, and codes scaled to length one."""
 
-SYSTEMS = (*WAVES, *SPECTROGRAMS, *ENCODER_DECODERS, *CODECS)
+SYSTEMS = (*WAVES, *SPECTROGRAMS, *ENCODER_DECODERS, *VOCODERS)
