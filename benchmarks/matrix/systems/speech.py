@@ -309,6 +309,7 @@ VOCODERS = (
             },
         ),
         inputs=partial(_signal, shape=lambda _: (1, SAMPLES)),
+        is_refused=lambda module: type(module).__name__ == "DacVectorQuantize",
     ),
     System(
         name="HiFi-GAN",
@@ -329,6 +330,7 @@ VOCODERS = (
         inputs=partial(_signal, name="spectrogram", shape=lambda _: (12, MEL_BINS)),
     ),
 )
-"""Nothing to find: weight norm on convolutions, and codes scaled to length one."""
+"""Weight norm on convolutions is nothing to find; codes scaled to length one, in the quantizers,
+are refused."""
 
 SYSTEMS = (*WAVES, *SPECTROGRAMS, *ENCODER_DECODERS, *VOCODERS)
