@@ -74,7 +74,8 @@ class Piece:
         for term in self.terms:
             if "axes" in term.attributes and term.op not in (Op.UNSQUEEZE, Op.SQUEEZE):
                 found.add(_from_the_end(term))
-        return found.pop() if len(found) == 1 else None
+        moved = any(term.op is Op.TRANSPOSE for term in self.terms)
+        return found.pop() if len(found) == 1 and not moved else None
 
     def constants(self) -> tuple[Value, ...]:
         """The constants that it reads, known scalars left out, in the order of their first use."""
@@ -127,9 +128,20 @@ class Prover:
 
 
 def _identify(piece: Piece) -> Proof | Miss:
-    axes, constants = piece.axes(), piece.constants()
-    if axes is None:
-        return Miss("its reductions run over different or unknown axes", near=False)
+    axes = piece.axes()
+    if axes is not None:
+        return _identify_over(piece, axes)
+    missed = Miss("its reductions run over different or unknown axes", near=False)
+    if any(term.op is Op.TRANSPOSE for term in piece.terms):  # one axis may have several places
+        for axis in range(-len(piece.input.shape or ()), 0):
+            found = _identify_over(piece, (axis,))
+            if isinstance(found, Proof):
+                return found
+    return missed
+
+
+def _identify_over(piece: Piece, axes: tuple[int, ...]) -> Proof | Miss:
+    constants = piece.constants()
     if len(axes) != 1:
         return Miss(f"it normalizes over {len(axes)} axes together, DyT has one per channel")
     rank = None if piece.input.shape is None else len(piece.input.shape)

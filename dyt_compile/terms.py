@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Alias", "Op", "Said", "Term", "Value", "has_meaning", "interpret", "moved_units"]
+__all__ = [
+    "Alias",
+    "Op",
+    "Said",
+    "Term",
+    "Value",
+    "has_meaning",
+    "interpret",
+    "moved_units",
+    "speak",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -35,6 +45,8 @@ class Op(enum.Enum):
     SQRT = enum.auto()
     RSQRT = enum.auto()
     RECIPROCAL = enum.auto()
+    EXP = enum.auto()
+    LOG = enum.auto()
     TANH = enum.auto()
     ERF = enum.auto()
     MEAN = enum.auto()  # axes, keepdims
@@ -46,6 +58,7 @@ class Op(enum.Enum):
     EXPAND = enum.auto()
     UNSQUEEZE = enum.auto()  # axes
     SQUEEZE = enum.auto()  # axes
+    TRANSPOSE = enum.auto()  # order: for each axis, its old place
     RESHAPE = enum.auto()  # moves axes of length 1 alone; sources: for each axis, its old place
     LAYER_NORM = enum.auto()  # inputs x, gamma or None, beta or None; axes, eps
     RMS_NORM = enum.auto()  # inputs x, gamma or None; axes, eps
@@ -56,6 +69,13 @@ class Op(enum.Enum):
     OPAQUE = enum.auto()
 
 
+ELEMENTWISE = {
+    Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.NEG, Op.ABS, Op.MAXIMUM, Op.SQUARE, Op.POW, Op.SQRT,
+    Op.RSQRT, Op.RECIPROCAL, Op.EXP, Op.LOG, Op.TANH, Op.ERF, Op.CAST,
+}  # fmt: skip
+"""Operators that compute each element from the same element of their operands."""
+
+
 class Value:
     """One tensor of a graph.
 
@@ -63,7 +83,7 @@ class Value:
     dtype: NumPy's name of the dtype ("float32", "bfloat16"), None when unknown.
     constant: computed from parameters and literals alone; parameter: a learned tensor itself.
     scalar: the value of a constant of one element, where it is known without loading weights.
-    native: the object that the graph knows it by.
+    native: the object that the graph knows it by; None where the value lies inside one node.
     """
 
     __slots__ = (
@@ -117,7 +137,8 @@ class Term:
     """One node of a graph in the vocabulary, with exactly one output.
 
     inputs: values, Python floats for literals, or None for an absent optional operand.
-    index: its place in execution order; scope: the path of the module that it belongs to;
+    index: its place in execution order, a whole number for what is a node; scope: the path of the
+    module that it belongs to;
     label: the operator's name in its own world; within: the control flow that it stands in ("If").
     """
 
@@ -130,7 +151,7 @@ class Term:
         output: Value,
         attributes: Mapping[str, Any],
         *,
-        index: int,
+        index: float,
         scope: str,
         label: str,
         within: str = "",
@@ -148,11 +169,21 @@ class Term:
             value.consumers.append(self)
         if op is not Op.OPAQUE or self.operands:
             output.constant = all(value.constant for value in self.operands)
+        if output.constant and op in ELEMENTWISE:
+            output.scalar = self._number()
 
     @property
     def operands(self) -> tuple[Value, ...]:
         """The inputs that are values."""
         return tuple(value for value in self.inputs if isinstance(value, Value))
+
+    def _number(self) -> float | None:
+        """The result, where all inputs are known numbers."""
+        numbers = [value.scalar if isinstance(value, Value) else value for value in self.inputs]
+        if None in numbers:
+            return None
+        with np.errstate(all="ignore"):
+            return float(interpret(self, [np.float64(x) for x in numbers]))
 
     def __repr__(self) -> str:
         return f"Term({self.op.name}, {self.inputs} -> {self.output.name})"
@@ -162,7 +193,8 @@ class Term:
 class Said:
     """A node said in the vocabulary, before its operands are known as values.
 
-    operands: the world's own nodes or values, Python numbers for literals, None for absent ones.
+    operands: the world's own nodes or values, Python numbers for literals, None for absent ones,
+    or what is said of a part of the node: addcmul adds a product.
     """
 
     op: Op
@@ -175,6 +207,47 @@ class Alias:
     """A node whose value is its operand's value."""
 
     operand: Any
+
+
+def speak(
+    said: Said,
+    output: Value,
+    known: Callable[[Any], Value | float | None],
+    *,
+    index: int,
+    scope: str,
+    label: str,
+    within: str = "",
+) -> list[Term]:
+    """The terms of a node, those of its parts first. known: the value of one of its operands."""
+    terms: list[Term] = []
+
+    def operand(meant: Any) -> Value | float | None:
+        if not isinstance(meant, Said):
+            return known(meant)
+        part = Value(None, f"{output.name}/{meant.op.name.lower()}", None, output.dtype)
+        operands = [operand(x) for x in meant.operands]
+        between = index - 1 + (len(terms) + 1) / PARTS
+        terms.append(
+            Term(
+                meant.op, operands, part, meant.attributes,
+                index=between, scope=scope, label=label, within=within,
+            )
+        )  # fmt: skip
+        return part
+
+    operands = [operand(x) for x in said.operands]
+    terms.append(
+        Term(
+            said.op, operands, output, said.attributes,
+            index=index, scope=scope, label=label, within=within,
+        )
+    )  # fmt: skip
+    return terms
+
+
+PARTS = 64
+"""More parts than any node has: each has a place between the node before it and its own."""
 
 
 def moved_units(
@@ -281,6 +354,8 @@ _MEANING: dict[Op, Meaning] = {
     Op.SQRT: _plain(np.sqrt),
     Op.RSQRT: _plain(lambda x: 1.0 / np.sqrt(x)),
     Op.RECIPROCAL: _plain(lambda x: 1.0 / x),
+    Op.EXP: _plain(np.exp),
+    Op.LOG: _plain(np.log),
     Op.TANH: _plain(np.tanh),
     Op.ERF: _plain(_erf),
     Op.MEAN: _reduction(np.mean),
@@ -292,6 +367,7 @@ _MEANING: dict[Op, Meaning] = {
     Op.EXPAND: _plain(lambda x: x),  # NumPy broadcasts where the graph expands
     Op.UNSQUEEZE: lambda attributes, x: np.expand_dims(x, attributes["axes"]),
     Op.SQUEEZE: lambda attributes, x: np.squeeze(x, attributes["axes"]),
+    Op.TRANSPOSE: lambda attributes, x: np.transpose(x, attributes["order"]),
     Op.RESHAPE: _reshape,
     Op.LAYER_NORM: _layer_norm,
     Op.RMS_NORM: _rms_norm,

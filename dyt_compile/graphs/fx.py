@@ -19,7 +19,7 @@ from ..dyt import DytParameters
 from ..errors import DataError, RewriteError, first_line
 from ..nn import operator, parameter
 from ..sites import NormSite
-from ..terms import Alias, Op, Said, Term, Value
+from ..terms import Alias, Op, Said, Term, Value, speak
 from .base import Batch
 from .fx_terms import say, scalar_of
 
@@ -208,15 +208,15 @@ class FxGraph:
         if node.op in ("placeholder", "get_attr"):
             return
         meant = said or Said(Op.OPAQUE, tuple(node.all_input_nodes))
-        inputs = [
-            self._values[x] if isinstance(x, torch.fx.Node) else None if x is None else float(x)
-            for x in meant.operands
-        ]
-        term = Term(
-            meant.op, inputs, value, meant.attributes,
+        self.terms += speak(
+            meant, value, self._known,
             index=self._order[node], scope=_scope(node), label=_label(node),
         )  # fmt: skip
-        self.terms.append(term)
+
+    def _known(self, operand: Any) -> Value | float | None:
+        if isinstance(operand, torch.fx.Node):
+            return self._values[operand]
+        return None if operand is None else float(operand)
 
     def _value(self, node: torch.fx.Node) -> Value:
         if node.op == "get_attr":

@@ -53,11 +53,91 @@ def _unary(op: Op) -> Saying:
 
 def _binary(op: Op) -> Saying:
     def saying(a: Arguments, node: torch.fx.Node) -> Said | None:
-        if a.get("alpha", 1) != 1 or a.get("rounding_mode") is not None:
+        if a.get("rounding_mode") is not None:
             return None
-        return Said(op, (a["self"], a["other"]))
+        return Said(op, (a["self"], _times(a["other"], a.get("alpha", 1))))
 
     return saying
+
+
+def _times(operand: Any, factor: Any) -> Any:
+    return operand if factor == 1 else Said(Op.MUL, (operand, factor))
+
+
+def _reversed_difference(a: Arguments, node: torch.fx.Node) -> Said:
+    return Said(Op.SUB, (a["other"], _times(a["self"], a["alpha"])))
+
+
+def _with_term(op: Op) -> Saying:
+    """self + value * (tensor1 op tensor2)."""
+
+    def saying(a: Arguments, node: torch.fx.Node) -> Said:
+        term = _times(Said(op, (a["tensor1"], a["tensor2"])), a["value"])
+        return Said(Op.ADD, (a["self"], term))
+
+    return saying
+
+
+def _squared_error(a: Arguments, node: torch.fx.Node) -> Said | None:
+    """The squares of a difference; `reduction` 0 leaves them as they are."""
+    difference = Said(Op.SUB, (a["self"], a["target"]))
+    return Said(Op.SQUARE, (difference,)) if a["reduction"] == 0 else None
+
+
+def _hypotenuse(a: Arguments, node: torch.fx.Node) -> Said:
+    squares = tuple(Said(Op.SQUARE, (a[name],)) for name in ("self", "other"))
+    return Said(Op.SQRT, (Said(Op.ADD, squares),))
+
+
+def _product(a: Arguments, node: torch.fx.Node) -> Said | None:
+    """A matrix product of rows by columns: for each row the sum of a product."""
+    left, right = a["self"], a.get("other", a.get("mat2"))
+    rows, columns = _shape(left), _shape(right)
+    if rows is None or columns is None or len(rows) != len(columns) or len(rows) < 2:
+        return None
+    if rows[-2] != 1 or columns[-1] != 1:
+        return None
+    rank = len(rows)
+    turned = Said(Op.TRANSPOSE, (right,), {"order": (*range(rank - 2), rank - 1, rank - 2)})
+    return Said(Op.SUM, (Said(Op.MUL, (left, turned)),), {"axes": (-1,), "keepdims": True})
+
+
+def _einsum(a: Arguments, node: torch.fx.Node) -> Said | None:
+    """A product, summed over the last axis of both: "btd,btd->bt", or over none: "btd,d->btd"."""
+    given, arrow, result = a["equation"].replace(" ", "").replace("...", "*").partition("->")
+    terms, operands = given.split(","), a["tensors"]
+    if not arrow or len(terms) != 2 or len(set(terms[0])) != len(terms[0]):
+        return None
+    longest = max(terms, key=len)
+    if not all(longest.endswith(term) for term in terms):
+        return None
+    product = Said(Op.MUL, tuple(operands))
+    if result == longest:
+        return product
+    if terms[0] == terms[1] and result == longest[:-1] and longest[-1] != "*":
+        return Said(Op.SUM, (product,), {"axes": (-1,), "keepdims": False})
+    return None
+
+
+def _pool(axes: tuple[int, ...]) -> Saying:
+    """The mean over whole axes, as a pooling to one element."""
+
+    def saying(a: Arguments, node: torch.fx.Node) -> Said | None:
+        if any(size != 1 for size in a["output_size"]):
+            return None
+        return Said(Op.MEAN, (a["self"],), {"axes": axes, "keepdims": True})
+
+    return saying
+
+
+def _group_norm(a: Arguments, node: torch.fx.Node) -> Said:
+    """A LayerNorm where one group has all channels, and the channels are all that there is."""
+    x = a["input"]
+    groups = a.get("num_groups", a.get("group"))
+    if groups == 1 and len(_shape(x) or ()) == 2:
+        operands = (x, a.get("weight"), a.get("bias"))
+        return Said(Op.LAYER_NORM, operands, {"axes": (-1,), "eps": float(a["eps"])})
+    return Said(Op.GROUP_NORM, (x,))
 
 
 def _reduction(op: Op) -> Saying:
@@ -104,6 +184,28 @@ def _shape(node: Any) -> tuple[int | None, ...] | None:
     return tuple(size if isinstance(size, int) else None for size in sizes)
 
 
+def _transpose(a: Arguments, node: torch.fx.Node) -> Said | None:
+    shape = _shape(node)
+    if shape is None:
+        return None
+    order = list(range(len(shape)))
+    if "dims" in a:
+        order = [axis % len(order) for axis in a["dims"]]
+    elif order:
+        first, second = a.get("dim0", 0), a.get("dim1", len(order) - 1)
+        order[first], order[second] = order[second], order[first]
+    return Said(Op.TRANSPOSE, (a["self"],), {"order": tuple(order)})
+
+
+def _repeat(a: Arguments, node: torch.fx.Node) -> Said | None:
+    """An expansion where only axes of length 1 are repeated."""
+    before, repeats = _shape(a["self"]), a.get("repeats", a.get("dims"))
+    if before is None or len(before) != len(repeats):
+        return None
+    grown = all(count == 1 or size == 1 for size, count in zip(before, repeats, strict=True))
+    return Said(Op.EXPAND, (a["self"],)) if grown else None
+
+
 def _correction(a: Arguments) -> float:
     if "unbiased" in a:
         return 1.0 if a["unbiased"] else 0.0
@@ -125,6 +227,8 @@ def _power(a: Arguments, node: torch.fx.Node) -> Said:
         return Said(Op.SQRT, (a["self"],))
     if exponent == -0.5:
         return Said(Op.RSQRT, (a["self"],))
+    if exponent == -1:
+        return Said(Op.RECIPROCAL, (a["self"],))
     return Said(Op.POW, (a["self"], exponent))
 
 
@@ -176,7 +280,8 @@ _MULTIPLE: dict[str, dict[int, Saying]] = {
     "native_layer_norm": {0: _layer_norm},
     "_fused_rms_norm": {0: _rms_norm},
     "var_mean": {0: _variance, 1: _reduction(Op.MEAN)},
-    "native_group_norm": {0: _refused(Op.GROUP_NORM)},
+    "std_mean": {0: _deviation, 1: _reduction(Op.MEAN)},
+    "native_group_norm": {0: _group_norm},
     "_native_batch_norm_legit": {0: _refused(Op.BATCH_NORM)},
     "_native_batch_norm_legit_no_training": {0: _refused(Op.BATCH_NORM)},
 }
@@ -191,6 +296,8 @@ def _item(node: torch.fx.Node) -> Said | Alias | None:
     name = target._schema.name.partition("::")[2]
     if name == "_native_batch_norm_legit" and target._overloadname == "no_stats":
         return Said(Op.INSTANCE_NORM, (source.args[0],)) if place == 0 else None
+    if name == "broadcast_tensors" and isinstance(place, int):
+        return Said(Op.EXPAND, (source.args[0][place],))
     saying = _MULTIPLE.get(name, {}).get(place) if isinstance(place, int) else None
     return None if saying is None else saying(_arguments(source, target), node)
 
@@ -198,48 +305,78 @@ def _item(node: torch.fx.Node) -> Said | Alias | None:
 _SAYINGS: dict[str, Saying] = {
     "add": _binary(Op.ADD),
     "sub": _binary(Op.SUB),
-    "rsub": lambda a, node: Said(Op.SUB, (a["other"], a["self"])) if a["alpha"] == 1 else None,
+    "subtract": _binary(Op.SUB),
+    "rsub": _reversed_difference,
+    "addcmul": _with_term(Op.MUL),
+    "addcdiv": _with_term(Op.DIV),
+    "mse_loss": _squared_error,
+    "hypot": _hypotenuse,
+    "einsum": _einsum,
+    "matmul": _product,
+    "bmm": _product,
     "mul": _binary(Op.MUL),
     "multiply": _binary(Op.MUL),
     "div": _binary(Op.DIV),
+    "divide": _binary(Op.DIV),
     "true_divide": _binary(Op.DIV),
     "maximum": _binary(Op.MAXIMUM),
     "neg": _unary(Op.NEG),
+    "negative": _unary(Op.NEG),
     "abs": _unary(Op.ABS),
+    "absolute": _unary(Op.ABS),
+    "relu": lambda a, node: Said(Op.MAXIMUM, (a["self"], 0.0)),
     "square": _unary(Op.SQUARE),
     "sqrt": _unary(Op.SQRT),
     "rsqrt": _unary(Op.RSQRT),
     "reciprocal": _unary(Op.RECIPROCAL),
+    "exp": _unary(Op.EXP),
+    "log": _unary(Op.LOG),
     "tanh": _unary(Op.TANH),
     "erf": _unary(Op.ERF),
     "pow": _power,
+    "float_power": _power,
     "mean": _reduction(Op.MEAN),
     "sum": _reduction(Op.SUM),
     "var": _variance,
     "std": _deviation,
+    "adaptive_avg_pool1d": _pool((-1,)),
+    "adaptive_avg_pool2d": _pool((-2, -1)),
+    "_adaptive_avg_pool2d": _pool((-2, -1)),
     "view": _reshape,
     "reshape": _reshape,
     "_unsafe_view": _reshape,
+    "squeeze": _reshape,
+    "transpose": _transpose,
+    "swapaxes": _transpose,
+    "permute": _transpose,
+    "t": _transpose,
+    "repeat": _repeat,
+    "tile": _repeat,
+    "linalg_norm": _length,
     "linalg_vector_norm": _length,
     "norm": _length,
     "clamp_min": _clamp_min,
     "clamp": _clamp_min,
+    "clip": _clamp_min,
     "to": _cast,
     "_to_copy": _cast,
     "type_as": _cast,
     "convert_element_type": _cast,
     "expand": lambda a, node: Said(Op.EXPAND, (a["self"],)),
+    "broadcast_to": lambda a, node: Said(Op.EXPAND, (a["self"],)),
     "expand_as": lambda a, node: Said(Op.EXPAND, (a["self"],)),
     "unsqueeze": lambda a, node: Said(Op.UNSQUEEZE, (a["self"],), {"axes": (a["dim"],)}),
     "alias": _alias,
     "clone": _alias,
     "contiguous": _alias,
     "detach": _alias,
+    "detach_": _alias,
+    "lift_fresh_copy": _alias,
     "dropout": _dropout,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "batch_norm": _refused(Op.BATCH_NORM),
-    "group_norm": _refused(Op.GROUP_NORM),
+    "group_norm": _group_norm,
     "instance_norm": _refused(Op.INSTANCE_NORM),
 }
 

@@ -18,7 +18,7 @@ from ..dyt import DytParameters
 from ..errors import CaptureError, DataError, RewriteError
 from ..runtime import Session
 from ..sites import NormSite
-from ..terms import Alias, Op, Said, Term, Value
+from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
 from .base import Batch
 from .onnx_constants import scalar, stored
@@ -184,31 +184,23 @@ class OnnxGraph:
                 continue
             value = self._values[output] = _seen(output)
             meant = said if place == 0 and isinstance(said, Said) else None
-            self._term(meant or Said(Op.OPAQUE, tuple(_read_by(node))), value, node, within)
+            meant = meant or Said(Op.OPAQUE, tuple(_read_by(node)))
+            self.terms += speak(
+                meant, value, self._known,
+                index=self._order[node], scope=_scope(node), label=node.op_type, within=within,
+            )  # fmt: skip
 
-    def _known(self, operand: ir.Value) -> Value | float:
-        """An operand; what is computed from shapes alone and always the same is a literal."""
+    def _known(self, operand: Any) -> Value | float | None:
+        """An operand as a value; as a number, where it is computed and always the same."""
+        if not isinstance(operand, ir.Value):
+            return None if operand is None else float(operand)
         value = self._values[operand]
-        number = None if value.constant else scalar(operand)
+        if value.constant and (value.scalar is not None or not _literal(value)):
+            return value
+        number = scalar(operand)
         return value if number is None else number
 
-    def _term(self, said: Said, output: Value, node: ir.Node, within: str) -> Value:
-        """One term, behind those of the formula that its operands may be."""
-        inputs: list[Value | float | None] = []
-        for operand in said.operands:
-            if isinstance(operand, Said):
-                inner = Value(None, f"{output.name}_{len(inputs)}", None, output.dtype)
-                inputs.append(self._term(operand, inner, node, within))
-            elif isinstance(operand, ir.Value):
-                inputs.append(self._known(operand))
-            else:
-                inputs.append(operand)
-        term = Term(
-            said.op, inputs, output, said.attributes,
-            index=len(self.terms), scope=_scope(node), label=node.op_type, within=within,
-        )  # fmt: skip
-        self.terms.append(term)
-        return output
+
 
 
 class OnnxSegment:
@@ -333,6 +325,13 @@ def _captured(graph: ir.Graph) -> list[ir.Value]:
     own.update(output for node in graph for output in node.outputs)
     read = [value for node in graph for value in _read_by(node)]
     return [value for value in (*read, *graph.outputs) if value not in own]
+
+
+def _literal(value: Value) -> bool:
+    """Whether a constant is made from literals alone, nothing learned."""
+    if value.producer is None:
+        return value.scalar is not None and not value.parameter
+    return all(map(_literal, value.producer.operands))
 
 
 def _seen(value: ir.Value, *, constant: bool = False) -> Value:

@@ -160,8 +160,10 @@ def _from_module(
 
 
 def _from_program(program: torch.export.ExportedProgram, name: str) -> Graph:
+    from ..graphs.functional import functional
     from ..graphs.fx import FxGraph
 
+    program = functional(program)
     module = _plain(program.module(check_guards=False))
     args, kwargs = program.example_inputs or ((), {})
     return FxGraph(name, module, tuple(args), dict(kwargs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -21,12 +21,12 @@ from ..terms import Op, Term, Value, has_meaning
 __all__ = ["match"]
 
 WHOLE_NORMS = {Op.LAYER_NORM, Op.RMS_NORM}
-ROOTS = {Op.SQRT, Op.RSQRT, Op.POW, Op.LENGTH, Op.DEVIATION}
+ROOTS = {Op.SQRT, Op.RSQRT, Op.POW, Op.EXP, Op.LENGTH, Op.DEVIATION}
 REDUCTIONS = {Op.MEAN, Op.SUM, Op.VARIANCE, Op.LENGTH, Op.DEVIATION}
 SCALINGS = {Op.MUL, Op.DIV}
 STATISTIC = {
-    Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.SQUARE, Op.POW, Op.SQRT, Op.RSQRT,
-    Op.RECIPROCAL, Op.CAST, Op.EXPAND, Op.UNSQUEEZE, Op.SQUEEZE, Op.RESHAPE,
+    Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.SQUARE, Op.POW, Op.SQRT, Op.RSQRT, Op.EXP,
+    Op.LOG, Op.RECIPROCAL, Op.CAST, Op.EXPAND, Op.UNSQUEEZE, Op.SQUEEZE, Op.RESHAPE, Op.TRANSPOSE,
 }  # fmt: skip
 """What may stand between a reduction and the scaling by its root."""
 
@@ -37,11 +37,22 @@ BATCH_NORM_REASON = (
 
 REFUSED = {
     Op.BATCH_NORM: (NormKind.BATCH_NORM, BATCH_NORM_REASON),
-    Op.GROUP_NORM: (NormKind.GROUP_NORM, "GroupNorm's statistics run over space and channels"),
-    Op.INSTANCE_NORM: (NormKind.INSTANCE_NORM, "InstanceNorm's statistics run over space"),
+    Op.GROUP_NORM: (
+        NormKind.GROUP_NORM,
+        "GroupNorm's statistics run over groups of channels and over space, not over one axis",
+    ),
+    Op.INSTANCE_NORM: (
+        NormKind.INSTANCE_NORM,
+        "InstanceNorm's statistics run over space or time, for each channel alone",
+    ),
 }
 SHAPE_READERS = {"Shape", "Size", "sym_size"}
 """Operators that read the shape of a value alone."""
+
+CENTRING = {Op.ADD, Op.SUB, Op.NEG, Op.MEAN, Op.SUM, Op.CAST, Op.EXPAND, Op.UNSQUEEZE, Op.SQUEEZE}
+"""Operators that make x - mean(x) of x; with them scalings by a constant."""
+
+OTHER_SHAPE = Miss("its gamma or beta has another shape than one value a channel", near=False)
 
 BEHIND = {Op.MUL, Op.DIV, Op.ADD, Op.SUB, Op.CAST}
 """What may follow the scaling and still belong to the norm."""
@@ -94,14 +105,20 @@ def _settle(
     for _ in range(ENDS):
         if end is None or (best is not None and _takes_more(end)):
             break
-        proved = _prove(end, prover, misses)
-        if proved is not None and _worth_its_casts(end, proved, best):
-            best = proved
-        elif proved is None and best is not None and end.op is not Op.CAST:
-            break
+        if end.output.native is not None:  # a part of a node cannot be replaced
+            proved = _prove(end, prover, misses)
+            if proved is not None and _worth_its_casts(end, proved, best):
+                best = proved
+            elif proved is None and best is not None and end.op is not Op.CAST:
+                break
         end = _only_consumer(end.output, outputs)
         if end is not None and end.op not in BEHIND:
             break
+    if best is not None and best[1].form.axes != (-1,) and OTHER_SHAPE in misses:
+        best, misses = (
+            None,
+            [Miss("its gamma or beta varies along another axis than it normalizes")],
+        )
     if best is None:
         near = [miss for miss in misses if miss.near]
         if near or whole:
@@ -153,28 +170,54 @@ def _may_centre(value: Value) -> bool:
 
 
 def _closed(piece: Piece) -> Miss | None:
-    """A miss where a value inside is read from outside; casts of the input may be."""
-    terms = set(piece.terms)
+    """A miss where a value inside is read from outside; casts and x - mean(x) may be."""
+    terms, centred = set(piece.terms), {piece.input}
     for term in piece.terms[:-1]:
+        if _centres(term, centred):
+            centred.add(term.output)
+            if term.output.shape is not None and term.output.shape == piece.input.shape:
+                continue
         readers = [reader for reader in term.output.consumers if reader.label not in SHAPE_READERS]
         if term.op is not Op.CAST and not terms.issuperset(readers):
             return Miss(f"its {term.op.name.lower()} is read by another part of the model, too")
     return None
 
 
+def _centres(term: Term, centred: Collection[Value]) -> bool:
+    """Whether a term leads from x to x - mean(x)."""
+    if not centred.issuperset(v for v in term.operands if not v.constant):
+        return False
+    if term.op in SCALINGS:
+        return sum(v not in centred for v in term.inputs) == 1
+    return term.op in CENTRING
+
+
 def _per_channel(piece: Piece, proof: Proof) -> Miss | None:
-    """A miss where gamma or beta is no value per channel (or per channel and head)."""
+    """A miss where gamma or beta is no value per channel (or per channel and head).
+
+    Without either, the axis tells what channels are: the last one, or the second one of images.
+    """
     x, axes, constants = piece.input.shape, proof.form.axes, piece.constants()
     for place in (proof.gamma, proof.beta):
         shape = () if place is None else constants[place].shape
         if shape is None or (x is not None and len(shape) > len(x)):
-            return Miss("its gamma or beta has another shape than one value a channel", near=False)
+            return OTHER_SHAPE
         varying = [axis for axis in range(-len(shape), 0) if shape[axis] != 1 and axis not in axes]
         # Heads may have channels of their own; samples and tokens may not.
         allowed = 0 if x is None else max(len(x) - 3, 0)
         if len(varying) > allowed:
-            return Miss("its gamma or beta has another shape than one value a channel", near=False)
+            return OTHER_SHAPE
+    bare = proof.gamma is None and proof.beta is None
+    if bare and axes != (-1,) and not _is_channel_axis_of_images(axes, x):
+        return Miss(
+            f"it normalizes axis {axes[0]} without a gamma or beta along it, as instance norms of "
+            "tokens do"
+        )
     return None
+
+
+def _is_channel_axis_of_images(axes: tuple[int, ...], shape: tuple[int | None, ...] | None) -> bool:
+    return shape is not None and len(shape) >= 4 and axes == (1 - len(shape),)
 
 
 def _pieces(end: Term) -> Iterator[Piece]:
@@ -184,8 +227,8 @@ def _pieces(end: Term) -> Iterator[Piece]:
     heapq.heapify(order)
     terms = [end]
     while len(terms) <= STEPS:
-        if len(pending) == 1:
-            (source,) = pending
+        source = next(iter(pending), None)
+        if len(pending) == 1 and source is not None and source.native is not None:
             yield Piece(source, end.output, tuple(sorted(terms, key=lambda term: term.index)))
         if not order:
             return
