@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
 from .base import Batch
 from .onnx_constants import scalar, stored
+from .onnx_fused import fuse_again
 from .onnx_precision import Names
 from .onnx_prepare import prepare
 from .onnx_terms import say
@@ -71,10 +73,16 @@ class OnnxGraph:
         prepare(own)
         return cls(name, own, provider)
 
-    @property
+    @cached_property
     def model(self) -> ir.Model:
-        """The model itself."""
-        return self._model
+        """The model itself, with the norms that ONNX Runtime had fused as they were."""
+        whole = self._model.clone()
+        fuse_again(whole)
+        return whole
+
+    def apart(self) -> ir.Model:
+        """A copy of the model in which no norm is fused; see `onnx_fused`."""
+        return self._model.clone()
 
     def bind(self, batch: Any) -> Batch:
         """A batch by input name: tuples in the order of the model's inputs, dicts by name."""
@@ -199,8 +207,6 @@ class OnnxGraph:
             return value
         number = scalar(operand)
         return value if number is None else number
-
-
 
 
 class OnnxSegment:

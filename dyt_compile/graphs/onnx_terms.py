@@ -14,6 +14,10 @@ __all__ = ["filled", "say"]
 
 MICROSOFT = "com.microsoft"
 
+QUANTIZED = "it is fused with the quantization of its input"
+IN_ATTENTION = "the norms of queries and keys are fused into the attention behind them"
+STATISTICS_READ = "its mean or its inverse deviation is read by another part of the model, too"
+
 
 Saying = Callable[[ir.Node], "Said | Alias | None"]
 
@@ -150,6 +154,13 @@ def _target(node: ir.Node, before: Sequence[int | None]) -> tuple[int | None, ..
     )  # fmt: skip
 
 
+def _transpose(node: ir.Node) -> Said | None:
+    order = node.attributes.get("perm")
+    return None if order is None else Said(
+        Op.TRANSPOSE, (_first(node),), {"order": tuple(order.as_ints())}
+    )  # fmt: skip
+
+
 def filled(node: ir.Node) -> float | None:
     """The number that a node fills a tensor of any shape with, None for other nodes."""
     if node.op_type == "ConstantOfShape" and node.domain == "":
@@ -271,6 +282,8 @@ _SAYINGS: dict[str, Saying] = {
     "Abs": _same(Op.ABS),
     "Sqrt": _same(Op.SQRT),
     "Reciprocal": _same(Op.RECIPROCAL),
+    "Exp": _same(Op.EXP),
+    "Log": _same(Op.LOG),
     "Tanh": _same(Op.TANH),
     "Erf": _same(Op.ERF),
     "Pow": _power,
@@ -289,6 +302,7 @@ _SAYINGS: dict[str, Saying] = {
     "Dropout": _dropout,
     "Expand": lambda node: Said(Op.EXPAND, (_first(node),)),
     "Reshape": _reshape,
+    "Transpose": _transpose,
     "Unsqueeze": _axes(Op.UNSQUEEZE),
     "Squeeze": _axes(Op.SQUEEZE),
     "LayerNormalization": _layer_norm,
@@ -299,7 +313,26 @@ _SAYINGS: dict[str, Saying] = {
     "InstanceNormalization": _instance_norm,
 }
 
+
+def _fused(reason: str) -> Saying:
+    return lambda node: Said(Op.FUSED_NORM, tuple(filter(None, node.inputs)), {"reason": reason})
+
+
+def _attention(node: ir.Node) -> Said | None:
+    """Attention that normalizes its queries and keys itself."""
+    normalizes = any(value is not None for value in node.inputs[14:16])
+    return _fused(IN_ATTENTION)(node) if normalizes else None
+
+
 _MICROSOFTS: dict[str, Saying] = {
+    "BranchwiseRMSNorm": _fused("each of its branches is normalized alone, inside one operator"),
+    "GatedRMSNorm": _fused("it is fused with the gate behind it"),
+    "GroupQueryAttention": _attention,
+    "QEmbedLayerNormalization": _fused(QUANTIZED),
+    "QOrderedLayerNormalization": _fused(QUANTIZED),
+    "RMSNormRotary": _fused("it is fused with the rotary embedding behind it"),
+    "SkipLayerNormalization": _fused(STATISTICS_READ),
+    "SkipSimplifiedLayerNormalization": _fused(STATISTICS_READ),
     "GroupNorm": _refused(Op.GROUP_NORM),
     "SkipGroupNorm": _refused(Op.GROUP_NORM),
 }
