@@ -24,6 +24,8 @@ BFLOAT16 = ir.DataType.BFLOAT16
 EMBEDDED_BYTES = 1_800_000_000
 """Weights above this lie in a file of their own: protobuf ends at 2 GB."""
 
+FATAL = 4
+
 CPU = "CPUExecutionProvider"
 
 PROVIDERS = {
@@ -50,7 +52,7 @@ class Session:
 
         wanted = _available(provider, onnxruntime.get_available_providers())
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # warnings about its own fusions say nothing to our users
+        options.log_severity_level = FATAL  # its errors are raised, its warnings are its own
         self._narrow: set[str] = set()
         loaded = ir.load(model) if isinstance(model, Path) else model
         widened = holds(loaded, BFLOAT16)

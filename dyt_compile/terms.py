@@ -66,6 +66,7 @@ class Op(enum.Enum):
     BATCH_NORM = enum.auto()
     GROUP_NORM = enum.auto()
     INSTANCE_NORM = enum.auto()
+    FUSED_NORM = enum.auto()  # a norm inside an operator that does more; reason
     OPAQUE = enum.auto()
 
 

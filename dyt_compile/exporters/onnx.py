@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from ..errors import (
 from ..files import replaced
 from ..graphs import onnx_functions
 from ..graphs.onnx import SCOPES, OnnxGraph
+from ..graphs.onnx_fused import fuse_again
 from ..graphs.onnx_precision import NARROW, holds, narrow
 from ..passes.match import match
 from ..runtime import EMBEDDED_BYTES, Session
@@ -93,6 +95,7 @@ def export_onnx(
     _forget_the_machine(model)
     if dtype in NARROW:
         narrow(model, NARROW[dtype], _kept_norms(model))
+    fuse_again(model)
     dtype = next((name for name, narrow_type in NARROW.items() if holds(model, narrow_type)), dtype)
     with replaced(target) as temporary:
         size = _save(model, temporary)
@@ -101,7 +104,7 @@ def export_onnx(
 
 
 def _from_onnx(graph: OnnxGraph, opset: int | None) -> ir.Model:
-    model = graph.model.clone()
+    model = graph.apart()
     if opset is not None and opset != model.opset_imports.get(""):
         from onnxscript import version_converter
 
@@ -223,10 +226,52 @@ def _save(model: ir.Model, path: Path) -> int:
         ir.external_data.load_to_model(model)  # the weights may lie beside the file it came from
     ir.save(model, path, external_data=external)
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        with _operators_of_onnx_runtime():
+            onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise ExportError(f"the exported model is not valid ONNX: {error}") from error
     return sum(file.stat().st_size for file in path.parent.iterdir())
+
+
+@contextmanager
+def _operators_of_onnx_runtime() -> Iterator[None]:
+    """Lets ONNX's checker know the norms that ONNX Runtime's optimizer writes in ONNX's domain."""
+    schema_of = onnx.defs.OpSchema
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+    optional = schema_of.FormalParameterOption.Optional
+    schemas = [
+        schema_of(
+            name,
+            "",
+            1,
+            inputs=[
+                schema_of.FormalParameter("x", "T"),
+                schema_of.FormalParameter("scale", "V"),
+                *(schema_of.FormalParameter(more, "V", param_option=optional) for more in inputs),
+            ],
+            outputs=[
+                schema_of.FormalParameter("y", "V"),
+                *(schema_of.FormalParameter(more, "U", param_option=optional) for more in outputs),
+            ],
+            type_constraints=[(letter, floats, "") for letter in "TUV"],
+            attributes=[
+                schema_of.Attribute("axis", schema_of.AttrType.INT, ""),
+                schema_of.Attribute("epsilon", schema_of.AttrType.FLOAT, ""),
+                schema_of.Attribute("stash_type", schema_of.AttrType.INT, ""),
+            ],
+        )
+        for name, inputs, outputs in (
+            ("SimplifiedLayerNormalization", (), ("inv_std_var",)),
+            ("LayerNormalization", ("bias",), ("mean", "inv_std_var")),
+        )
+    ]
+    for schema in schemas:
+        onnx.defs.register_schema(schema)
+    try:
+        yield
+    finally:
+        for schema in schemas:
+            onnx.defs.deregister_schema(schema.name, schema.since_version, schema.domain)
 
 
 def _check(path: Path, result: Conversion, dtype: str, provider: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
 from .base import Batch
+from .onnx_constants import scalar, stored
+from .onnx_fused import fuse_again
+from .onnx_precision import Names
 from .onnx_prepare import prepare
-from .onnx_terms import say, scalar
+from .onnx_terms import say
 
 __all__ = ["OnnxGraph"]
 
@@ -40,7 +44,7 @@ class OnnxGraph:
         self._model = model
         self._provider = provider
         self._nodes = list(model.graph)
-        self._order = {node: place for place, node in enumerate(self._nodes)}
+        self._order = {node: place for place, node in enumerate(model.graph.all_nodes())}
         self._values: dict[ir.Value, Value] = {}
         self.terms: list[Term] = []
         constants = set(model.graph.initializers.values())
@@ -69,10 +73,16 @@ class OnnxGraph:
         prepare(own)
         return cls(name, own, provider)
 
-    @property
+    @cached_property
     def model(self) -> ir.Model:
-        """The model itself."""
-        return self._model
+        """The model itself, with the norms that ONNX Runtime had fused as they were."""
+        whole = self._model.clone()
+        fuse_again(whole)
+        return whole
+
+    def apart(self) -> ir.Model:
+        """A copy of the model in which no norm is fused; see `onnx_fused`."""
+        return self._model.clone()
 
     def bind(self, batch: Any) -> Batch:
         """A batch by input name: tuples in the order of the model's inputs, dicts by name."""
@@ -132,7 +142,7 @@ class OnnxGraph:
 
     def constant(self, value: Value) -> Array | None:
         """A constant's value: from the file, or computed from what the file holds."""
-        tensor = ir.convenience.get_const_tensor(value.native)
+        tensor = stored(value.native)
         if tensor is not None:
             return np.asarray(tensor.numpy())
         (array,) = self.segment([], [value])([])
@@ -155,8 +165,9 @@ class OnnxGraph:
         copies.update(zip(self._model.graph.inputs, model.graph.inputs, strict=True))
         for name, value in self._model.graph.initializers.items():
             copies[value] = model.graph.initializers[name]
+        names = Names(model)
         for site, parameters in replacements:
-            _put(model, copies, site, parameters)
+            _put(model, copies, names, site, parameters)
         onnx_functions.declare(model)
         ir_passes.RemoveUnusedNodesPass()(model)
         return OnnxGraph(self.name, model, self._provider)
@@ -167,7 +178,6 @@ class OnnxGraph:
             for value in (*graph.inputs, *graph.initializers.values()):
                 self._values[value] = _seen(value, constant=value.is_initializer())
             for inner in graph:
-                self._order[inner] = self._order[node]
                 self._say(inner, within=node.op_type)
 
     def _say(self, node: ir.Node, within: str = "") -> None:
@@ -184,9 +194,19 @@ class OnnxGraph:
             meant = said if place == 0 and isinstance(said, Said) else None
             meant = meant or Said(Op.OPAQUE, tuple(_read_by(node)))
             self.terms += speak(
-                meant, value, lambda x: self._values[x] if isinstance(x, ir.Value) else x,
+                meant, value, self._known,
                 index=self._order[node], scope=_scope(node), label=node.op_type, within=within,
             )  # fmt: skip
+
+    def _known(self, operand: Any) -> Value | float | None:
+        """An operand as a value; as a number, where it is computed and always the same."""
+        if not isinstance(operand, ir.Value):
+            return None if operand is None else float(operand)
+        value = self._values[operand]
+        if value.constant and (value.scalar is not None or not _literal(value)):
+            return value
+        number = scalar(operand)
+        return value if number is None else number
 
 
 class OnnxSegment:
@@ -207,7 +227,7 @@ class OnnxSegment:
         self._constants = {
             value: np.asarray(tensor.numpy())
             for value in self._stop
-            if value not in made and (tensor := ir.convenience.get_const_tensor(value)) is not None
+            if value not in made and (tensor := stored(value)) is not None
         }
         read = {value for node in nodes for value in _read_by(node)}
         self._inputs = [value for value in self._passed if value in read]
@@ -240,20 +260,22 @@ class OnnxSegment:
 def _put(
     model: ir.Model,
     copies: dict[ir.Value, ir.Value],
+    names: Names,
     site: NormSite,
     parameters: DytParameters,
 ) -> None:
     """Let every reader of the site's output read DyT of its input."""
     graph = model.graph
     source, end = copies[site.input.native], copies[site.output.native]
-    dtype = source.dtype or end.dtype or ir.DataType.FLOAT
+    gamma = None if site.gamma is None else site.gamma.native
+    dtype = source.dtype or end.dtype or (gamma and gamma.dtype) or ir.DataType.FLOAT
     held = []
     for name, array in parameters.named().items():
         kept = ir.DataType.FLOAT if name in ("alpha", "shift") else dtype
         tensor = ir.tensor(array.astype(kept.numpy()), dtype=kept, name=f"{site.name}.{name}")
-        held.append(_initializer(graph, tensor))
+        held.append(_initializer(graph, names, tensor))
     final = str(end.name)
-    node = onnx_functions.call(parameters.form(), [source, *held], _free(graph, f"{final}_dyt"))
+    node = onnx_functions.call(parameters.form(), [source, *held], names.free(f"{final}_dyt"))
     nodes = [node]
     if end.dtype is not None and source.dtype is not None and end.dtype != source.dtype:
         cast = ir.Node("", "Cast", node.outputs, [ir.AttrInt64("to", end.dtype.value)])
@@ -267,28 +289,19 @@ def _put(
         graph.insert_after(producer if place == 0 else nodes[place - 1], added)
     end.replace_all_uses_with(result, replace_graph_outputs=True)
     if result.is_graph_output():
-        end.name, result.name = f"{final}_norm", final
+        end.name, result.name = names.free(f"{final}_norm"), final
     _copy_scope(producer, nodes)
     copies[site.output.native] = result  # a later site may read this one
 
 
-def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    name = _free(graph, str(tensor.name))
+def _initializer(graph: ir.Graph, names: Names, tensor: ir.TensorProtocol) -> ir.Value:
+    name = names.free(str(tensor.name))
     value = ir.Value(
         name=name, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )  # fmt: skip
     graph.register_initializer(value)
     return value
-
-
-def _free(graph: ir.Graph, name: str) -> str:
-    taken = {*graph.initializers, *(v.name for node in graph for v in node.outputs)}
-    free, number = name, 1
-    while free in taken:
-        number += 1
-        free = f"{name}_{number}"
-    return free
 
 
 def _copy_scope(source: ir.Node, nodes: Iterable[ir.Node]) -> None:
@@ -320,12 +333,19 @@ def _captured(graph: ir.Graph) -> list[ir.Value]:
     return [value for value in (*read, *graph.outputs) if value not in own]
 
 
+def _literal(value: Value) -> bool:
+    """Whether a constant is made from literals alone, nothing learned."""
+    if value.producer is None:
+        return value.scalar is not None and not value.parameter
+    return all(map(_literal, value.producer.operands))
+
+
 def _seen(value: ir.Value, *, constant: bool = False) -> Value:
     shape: tuple[int | None, ...] | None = None
     if value.shape is not None:
         shape = tuple(size if isinstance(size, int) else None for size in value.shape)
     elif constant and value.const_value is not None:
-        shape = value.const_value.numpy().shape
+        shape = value.const_value.shape.numpy()
     dtype = None if value.dtype is None else value.dtype.numpy().name
     number = scalar(value) if constant else None
     # A learned number and a literal are both initializers; exporters give the learned one the

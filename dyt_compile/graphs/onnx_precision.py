@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ..dyt import DOMAIN, FORMS
 
-__all__ = ["NARROW", "holds", "narrow", "surface", "widen"]
+__all__ = ["NARROW", "Names", "holds", "narrow", "surface", "widen"]
 
 NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -77,7 +77,7 @@ def widen(
     accumulator; else the nodes' results are float32, and only what leaves the set is rounded.
     """
     chosen = None if nodes is None else set(nodes)
-    names = _Names(model)
+    names = Names(model)
     for graph in _graphs(model):
         wide_of: dict[ir.Value, ir.Value] = {}
         for node in list(graph):
@@ -111,7 +111,7 @@ def _remove_unread(graph: ir.Graph, rounded: Iterable[ir.Value]) -> None:
             graph.remove(node, safe=True)
 
 
-class _Names:
+class Names:
     """Names that no value of a model has yet."""
 
     def __init__(self, model: ir.Model) -> None:
@@ -132,7 +132,7 @@ class _Names:
 
 
 def _narrowed(
-    graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType, names: _Names
+    graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType, names: Names
 ) -> ir.Value:
     """Let the readers of a node's output read it rounded; the output itself becomes float32."""
     cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype.value)], num_outputs=1)
@@ -147,7 +147,7 @@ def _narrowed(
     return result
 
 
-def _widened(graph: ir.Graph, before: ir.Node, value: ir.Value, names: _Names) -> ir.Value:
+def _widened(graph: ir.Graph, before: ir.Node, value: ir.Value, names: Names) -> ir.Value:
     cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", WIDE.value)], num_outputs=1)
     result = cast.outputs[0]
     result.name = names.free(f"{value.name}_float")
@@ -162,7 +162,7 @@ BORDER = "dyt_compile.border"
 def surface(model: ir.Model, dtype: ir.DataType, *, outside: ir.DataType) -> None:
     """Give inputs and outputs of type `outside` the type float32, cast to `dtype` within."""
     graph = model.graph
-    names = _Names(model)
+    names = Names(model)
     first = graph[0] if len(graph) else None
     weights = [value for value in graph.outputs if value.is_initializer()]
     for value in (*(v for v in graph.inputs if not v.is_initializer()), *weights):

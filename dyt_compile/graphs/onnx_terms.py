@@ -8,8 +8,15 @@ import onnx_ir as ir
 
 from ..dyt import DOMAIN, FORMS
 from ..terms import Alias, Op, Said, moved_units
+from .onnx_constants import integers, known_shape, scalar, stored
 
-__all__ = ["filled", "say", "scalar"]
+__all__ = ["filled", "say"]
+
+MICROSOFT = "com.microsoft"
+
+QUANTIZED = "it is fused with the quantization of its input"
+IN_ATTENTION = "the norms of queries and keys are fused into the attention behind them"
+STATISTICS_READ = "its mean or its inverse deviation is read by another part of the model, too"
 
 
 Saying = Callable[[ir.Node], "Said | Alias | None"]
@@ -19,28 +26,9 @@ def say(node: ir.Node) -> Said | Alias | None:
     """The node's first output in the vocabulary, None where it has no place there."""
     if node.domain == DOMAIN and node.op_type in FORMS:
         return Said(Op.DYT, tuple(node.inputs), {"form": FORMS[node.op_type]})
-    saying = _SAYINGS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    sayings = {"": _SAYINGS, "ai.onnx": _SAYINGS, MICROSOFT: _MICROSOFTS}.get(node.domain, {})
+    saying = sayings.get(node.op_type)
     return None if saying is None else saying(node)
-
-
-def scalar(value: ir.Value | None) -> float | None:
-    """The number that a constant of one element holds, None for everything else."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.size != 1 or tensor.dtype is ir.DataType.STRING:
-        return None
-    return float(tensor.numpy().reshape(()))
-
-
-def integers(node: ir.Node, name: str, place: int) -> tuple[int, ...] | None:
-    """Axes from an attribute (older opsets) or from a constant input; None where unknown."""
-    if name in node.attributes:
-        attribute = node.attributes[name]
-        if attribute.type is ir.AttributeType.INT:
-            return (attribute.as_int(),)
-        return tuple(attribute.as_ints())
-    value = node.inputs[place] if len(node.inputs) > place else None
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tuple(int(axis) for axis in tensor.numpy().ravel())
 
 
 def _first(node: ir.Node) -> ir.Value:
@@ -71,6 +59,13 @@ def _cast(node: ir.Node) -> Said | Alias:
     return Said(Op.CAST, (source,))
 
 
+def _cast_like(node: ir.Node) -> Said | Alias:
+    source, like = node.inputs
+    if source is not None and like is not None and source.dtype is like.dtype is not None:
+        return Alias(source)
+    return Said(Op.CAST, (source,))
+
+
 def _power(node: ir.Node) -> Said:
     exponent = scalar(node.inputs[1])
     direct = {2.0: Op.SQUARE, 0.5: Op.SQRT, -0.5: Op.RSQRT}.get(exponent or 0.0)
@@ -81,13 +76,47 @@ def _power(node: ir.Node) -> Said:
 
 def _reduction(op: Op) -> Saying:
     def saying(node: ir.Node) -> Said | None:
-        axes = integers(node, "axes", 1)
-        if not axes:
-            return None
-        keep = node.attributes.get_int("keepdims", 1)
-        return Said(op, (_first(node),), {"axes": axes, "keepdims": bool(keep)})
+        attributes = _reduced(node)
+        return None if attributes is None else Said(op, (_first(node),), attributes)
 
     return saying
+
+
+def _reduced(node: ir.Node) -> dict[str, object] | None:
+    """Attributes of a reduction; None where its axes are not known, and where it has none."""
+    axes = integers(node, "axes", 1)
+    keep = node.attributes.get_int("keepdims", 1)
+    return {"axes": axes, "keepdims": bool(keep)} if axes else None
+
+
+def _sum_of_squares(node: ir.Node) -> Said | None:
+    attributes = _reduced(node)
+    squares = Said(Op.SQUARE, (_first(node),))
+    return None if attributes is None else Said(Op.SUM, (squares,), attributes)
+
+
+def _sum(node: ir.Node) -> Said | Alias:
+    """An Add of any number of operands."""
+    first, *others = node.inputs
+    said: Said | Alias = Alias(first)
+    for place, other in enumerate(others):
+        said = Said(Op.ADD, (said if place else first, other))
+    return said
+
+
+def _over_length(node: ir.Node) -> Said | None:
+    """x / |x|, or x / sum(|x|)."""
+    x = _first(node)
+    attributes = {"axes": (node.attributes.get_int("axis", -1),), "keepdims": True}
+    if node.attributes.get_int("p", 2) == 2:
+        return Said(Op.DIV, (x, Said(Op.LENGTH, (x,), attributes)))
+    return Said(Op.DIV, (x, Said(Op.SUM, (Said(Op.ABS, (x,)),), attributes)))
+
+
+def _mean_variance(node: ir.Node) -> Said:
+    """(x - mean) / (deviation + 1e-9): a LayerNorm without eps, whatever the axes."""
+    axes = integers(node, "axes", 1) or (0, 2, 3)
+    return Said(Op.LAYER_NORM, (_first(node), None), {"axes": axes, "eps": 0.0})
 
 
 def _axes(op: Op) -> Saying:
@@ -113,20 +142,23 @@ def _reshape(node: ir.Node) -> Said | Alias | None:
 
 
 def _target(node: ir.Node, before: Sequence[int | None]) -> tuple[int | None, ...] | None:
-    """The shape that a Reshape asks for, from a constant or from a Concat of lengths."""
-    wanted = node.inputs[1] if len(node.inputs) > 1 else None
-    tensor = None if wanted is None else ir.convenience.get_const_tensor(wanted)
-    if tensor is not None:
-        sizes = [int(size) for size in tensor.numpy().ravel()]
-        return tuple(
-            before[place] if size == 0 and place < len(before) else None if size == -1 else size
-            for place, size in enumerate(sizes)
-        )
-    producer = None if wanted is None else wanted.producer()
-    if producer is None or producer.op_type != "Concat":
+    """The shape that a Reshape asks for, None for lengths that are not known."""
+    sizes = known_shape(node.inputs[1]) if len(node.inputs) > 1 else None
+    if sizes is None:
         return None
-    parts = [scalar(value) for value in producer.inputs]
-    return tuple(None if part is None else int(part) for part in parts)
+    keep_zero = bool(node.attributes.get_int("allowzero", 0))
+    return tuple(
+        before[place] if size == 0 and place < len(before) and not keep_zero
+        else None if size == -1 else size
+        for place, size in enumerate(sizes)
+    )  # fmt: skip
+
+
+def _transpose(node: ir.Node) -> Said | None:
+    order = node.attributes.get("perm")
+    return None if order is None else Said(
+        Op.TRANSPOSE, (_first(node),), {"order": tuple(order.as_ints())}
+    )  # fmt: skip
 
 
 def filled(node: ir.Node) -> float | None:
@@ -147,7 +179,7 @@ def _scale(node: ir.Node, place: int) -> ir.Value | None:
     producer = value.producer()
     if producer is not None and producer.op_type != "Constant":
         return None if filled(producer) == 1.0 else value
-    tensor = ir.convenience.get_const_tensor(value)
+    tensor = stored(value)
     return None if tensor is not None and (tensor.numpy() == 1).all() else value
 
 
@@ -167,7 +199,7 @@ def _layer_norm(node: ir.Node) -> Said | None:
     if axes is None:
         return None
     eps = node.attributes.get_float("epsilon", 1e-5)
-    operands = (_first(node), _scale(node, 1), *node.inputs[2:])
+    operands = (_first(node), _scale(node, 1), *node.inputs[2:3])
     return Said(Op.LAYER_NORM, operands, {"axes": axes, "eps": _decimal(eps)})
 
 
@@ -196,6 +228,47 @@ def _decimal(eps: float) -> float:
     return float(f"{eps:.6g}")
 
 
+def _instance_norm(node: ir.Node) -> Said:
+    """InstanceNorm; LayerNorm where the one axis of its statistics holds the channels.
+
+    That is so where no gamma and beta stand before, and where the axis is the input's own: a
+    GroupNorm is written with an axis into which channels and space were put together.
+    """
+    x = _first(node)
+    own = x.shape is not None and len(x.shape) == 3 and _keeps_last(x)
+    if not own or not _all(node.inputs[1], 1.0) or not _all(node.inputs[2], 0.0):
+        return Said(Op.INSTANCE_NORM, (x,))
+    eps = node.attributes.get_float("epsilon", 1e-5)
+    return Said(Op.LAYER_NORM, (x, None), {"axes": (-1,), "eps": _decimal(eps)})
+
+
+def _keeps_last(value: ir.Value) -> bool:
+    """Whether a value is no Reshape of another one, or one that leaves the last axis alone."""
+    node = value.producer()
+    if node is None or node.op_type != "Reshape":
+        return True
+    before = _first(node).shape
+    if before is None or value.shape is None or not isinstance(before[-1], int):
+        return False
+    return before[-1] == value.shape[-1]
+
+
+def _all(value: ir.Value | None, number: float) -> bool:
+    """Whether a constant holds one number everywhere."""
+    tensor = stored(value)
+    return tensor is not None and bool((tensor.numpy() == number).all())
+
+
+def _group_norm(node: ir.Node) -> Said:
+    """GroupNorm; LayerNorm for one group of channels without space."""
+    x = _first(node)
+    groups = node.attributes.get_int("num_groups", 0)
+    if groups != 1 or x.shape is None or len(x.shape) != 2:
+        return Said(Op.GROUP_NORM, (x,))
+    eps = node.attributes.get_float("epsilon", 1e-5)
+    return Said(Op.LAYER_NORM, tuple(node.inputs), {"axes": (-1,), "eps": _decimal(eps)})
+
+
 def _refused(op: Op) -> Saying:
     return lambda node: Said(op, (_first(node),))
 
@@ -209,25 +282,58 @@ _SAYINGS: dict[str, Saying] = {
     "Abs": _same(Op.ABS),
     "Sqrt": _same(Op.SQRT),
     "Reciprocal": _same(Op.RECIPROCAL),
+    "Exp": _same(Op.EXP),
+    "Log": _same(Op.LOG),
     "Tanh": _same(Op.TANH),
     "Erf": _same(Op.ERF),
     "Pow": _power,
     "ReduceMean": _reduction(Op.MEAN),
     "ReduceSum": _reduction(Op.SUM),
     "ReduceL2": _reduction(Op.LENGTH),
+    "ReduceSumSquare": _sum_of_squares,
+    "Sum": _sum,
+    "LpNormalization": _over_length,
+    "MeanVarianceNormalization": _mean_variance,
     "Clip": _clip,
     "Max": _maximum,
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Identity": _alias,
     "Dropout": _dropout,
     "Expand": lambda node: Said(Op.EXPAND, (_first(node),)),
     "Reshape": _reshape,
+    "Transpose": _transpose,
     "Unsqueeze": _axes(Op.UNSQUEEZE),
     "Squeeze": _axes(Op.SQUEEZE),
     "LayerNormalization": _layer_norm,
     "RMSNormalization": _rms_norm,
     "SimplifiedLayerNormalization": _rms_norm,
     "BatchNormalization": _refused(Op.BATCH_NORM),
-    "GroupNormalization": _refused(Op.GROUP_NORM),
-    "InstanceNormalization": _refused(Op.INSTANCE_NORM),
+    "GroupNormalization": _group_norm,
+    "InstanceNormalization": _instance_norm,
 }
+
+
+def _fused(reason: str) -> Saying:
+    return lambda node: Said(Op.FUSED_NORM, tuple(filter(None, node.inputs)), {"reason": reason})
+
+
+def _attention(node: ir.Node) -> Said | None:
+    """Attention that normalizes its queries and keys itself."""
+    normalizes = any(value is not None for value in node.inputs[14:16])
+    return _fused(IN_ATTENTION)(node) if normalizes else None
+
+
+_MICROSOFTS: dict[str, Saying] = {
+    "BranchwiseRMSNorm": _fused("each of its branches is normalized alone, inside one operator"),
+    "GatedRMSNorm": _fused("it is fused with the gate behind it"),
+    "GroupQueryAttention": _attention,
+    "QEmbedLayerNormalization": _fused(QUANTIZED),
+    "QOrderedLayerNormalization": _fused(QUANTIZED),
+    "RMSNormRotary": _fused("it is fused with the rotary embedding behind it"),
+    "SkipLayerNormalization": _fused(STATISTICS_READ),
+    "SkipSimplifiedLayerNormalization": _fused(STATISTICS_READ),
+    "GroupNorm": _refused(Op.GROUP_NORM),
+    "SkipGroupNorm": _refused(Op.GROUP_NORM),
+}
+"""Operators of ONNX Runtime."""

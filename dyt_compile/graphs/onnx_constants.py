@@ -1,0 +1,150 @@
+"""Small numbers in ONNX models, known without running them: literals, axes, lengths of axes.
+
+Exporters write a length or an axis as a chain of nodes (Shape, Gather, Unsqueeze, Concat) where
+torch had an integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+__all__ = ["integers", "known", "known_shape", "scalar", "stored"]
+
+Array = npt.NDArray[np.float64]
+
+LARGEST = 64
+"""Elements; larger tensors are weights, which stay in their files."""
+
+DEPTH = 8
+"""Nodes that a number may be away from a constant or a shape."""
+
+
+def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor that an initializer or a Constant node holds, not loaded yet."""
+    if value is None:
+        return None
+    producer = value.producer()
+    if producer is not None and "sparse_value" in producer.attributes:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None or tensor.dtype is ir.DataType.STRING else tensor
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number that a value of one element always holds, None for everything else."""
+    array = known(value)
+    return float(array.reshape(())) if array is not None and array.size == 1 else None
+
+
+def integers(node: ir.Node, name: str, place: int) -> tuple[int, ...] | None:
+    """Axes from an attribute (older opsets) or from an input; None where unknown."""
+    if name in node.attributes:
+        attribute = node.attributes[name]
+        if attribute.type is ir.AttributeType.INT:
+            return (attribute.as_int(),)
+        return tuple(attribute.as_ints())
+    array = known(node.inputs[place]) if len(node.inputs) > place else None
+    return None if array is None else tuple(int(axis) for axis in array.ravel())
+
+
+def known(value: ir.Value | None) -> Array | None:
+    """What a small value always holds, None where that is not known."""
+    array = _partly_known(value, DEPTH)
+    return None if array is None or np.isnan(array).any() else array
+
+
+def known_shape(value: ir.Value | None) -> tuple[int | None, ...] | None:
+    """The shape that a value of one axis holds, None for lengths that are not known."""
+    array = _partly_known(value, DEPTH)
+    if array is None or array.ndim != 1:
+        return None
+    return tuple(None if np.isnan(size) else int(size) for size in array)
+
+
+def _partly_known(value: ir.Value | None, depth: int) -> Array | None:
+    """The value's elements; NaN stands for those that are not known."""
+    tensor = stored(value)
+    if tensor is not None:
+        return tensor.numpy().astype(np.float64) if tensor.size <= LARGEST else None
+    node = None if value is None else value.producer()
+    if node is None or depth == 0 or node.domain != "":
+        return None
+    if node.op_type in ("Shape", "Size"):
+        return _lengths(node)
+    computing = _COMPUTED.get(node.op_type)
+    if computing is None:
+        return None
+    operands = [_partly_known(operand, depth - 1) for operand in node.inputs]
+    if any(operand is None for operand in operands):
+        return None
+    try:
+        with np.errstate(all="ignore"):
+            array = np.asarray(computing(node, *operands), np.float64)
+    except (IndexError, ValueError):  # NumPy's, for shapes and places that do not fit
+        return None
+    return array if array.size <= LARGEST else None
+
+
+def _lengths(node: ir.Node) -> Array | None:
+    source = node.inputs[0]
+    if source is None or source.shape is None:
+        return None
+    sizes = np.array([size if isinstance(size, int) else np.nan for size in source.shape])
+    if node.op_type == "Size":
+        return np.asarray(sizes.prod())
+    end = node.attributes.get_int("end", len(sizes))
+    return sizes[node.attributes.get_int("start", 0) : end]
+
+
+def _cast(node: ir.Node, x: Array, *_: Array) -> Array:
+    wanted = node.attributes.get("to")
+    whole = wanted is not None and ir.DataType(wanted.as_int()).is_integer()
+    return np.trunc(x) if whole else x
+
+
+def _divide(node: ir.Node, x: Array, y: Array) -> Array:
+    dtypes = [value.dtype for value in node.inputs if value is not None]
+    whole = any(dtype is not None and dtype.is_integer() for dtype in dtypes)
+    return np.asarray(np.floor_divide(x, y) if whole else x / y)
+
+
+def _gather(node: ir.Node, x: Array, places: Array) -> Array:
+    return np.take(x, places.astype(int), axis=node.attributes.get_int("axis", 0))
+
+
+def _slice(node: ir.Node, x: Array, start: Array, end: Array, *rest: Array) -> Array:
+    if x.ndim != 1 or start.size != 1:
+        raise ValueError("only vectors are cut")
+    step = int(rest[1].item()) if len(rest) > 1 else 1
+    largest = 2.0**31
+    return x[int(start.item()) : int(min(end.item(), largest)) : step]
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda node, *operands: function(*operands)
+
+
+_COMPUTED: dict[str, Callable[..., Any]] = {
+    "Add": _plain(np.add),
+    "Sub": _plain(np.subtract),
+    "Mul": _plain(np.multiply),
+    "Div": _divide,
+    "Neg": _plain(np.negative),
+    "Pow": _plain(np.power),
+    "Sqrt": _plain(np.sqrt),
+    "Reciprocal": _plain(np.reciprocal),
+    "Identity": _plain(lambda x: x),
+    "Cast": _cast,
+    "CastLike": _plain(lambda x, like: x),
+    "Gather": _gather,
+    "Slice": _slice,
+    "Concat": lambda node, *parts: np.concatenate(parts, node.attributes.get_int("axis", 0)),
+    "Squeeze": _plain(lambda x, *axes: x.reshape(()) if x.size == 1 else np.squeeze(x)),
+    "Unsqueeze": _plain(lambda x, *axes: x.reshape([1] * (x.ndim + 1)) if x.size == 1 else x[None]),
+    "Reshape": _plain(lambda x, shape: x.reshape(shape.astype(int))),
+}
