@@ -15,9 +15,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Alias", "Op", "Said", "Term", "Value", "has_meaning", "interpret", "moved_units"]
+__all__ = [
+    "SHAPE_READERS",
+    "Alias",
+    "Op",
+    "Said",
+    "Term",
+    "Value",
+    "has_meaning",
+    "interpret",
+    "moved_units",
+]
 
 Array = npt.NDArray[np.float64]
+
+SHAPE_READERS = {
+    "Shape", "Size", "sym_size", "empty_like", "full_like", "new_empty", "new_full", "new_ones",
+    "new_zeros", "ones_like", "zeros_like",
+}  # fmt: skip
+"""Operators that read the shape and the dtype of a value alone."""
 
 
 class Op(enum.Enum):
@@ -47,6 +63,16 @@ class Op(enum.Enum):
     UNSQUEEZE = enum.auto()  # axes
     SQUEEZE = enum.auto()  # axes
     RESHAPE = enum.auto()  # moves axes of length 1 alone; sources: for each axis, its old place
+    VIEW = enum.auto()  # any other reshaping, in row-major order
+    TRANSPOSE = enum.auto()  # order: for each axis, its old place
+    SLICE = enum.auto()  # slices: by axis
+    GATHER = enum.auto()  # inputs x and indices; axis, consumed: axes that the indices replace
+    CONCAT = enum.auto()  # axis
+    PAD = enum.auto()  # with zeros; axes
+    ROLL = enum.auto()  # axes
+    MATMUL = enum.auto()  # inputs a, b, bias or None; transposed: b is (out, in)
+    CONVOLUTION = enum.auto()  # inputs x, weight, bias or None; groups, padded: with zeros
+    PARTS = enum.auto()  # a node of several results, each of which is said by itself
     LAYER_NORM = enum.auto()  # inputs x, gamma or None, beta or None; axes, eps
     RMS_NORM = enum.auto()  # inputs x, gamma or None; axes, eps
     DYT = enum.auto()  # inputs x and those of the form; form

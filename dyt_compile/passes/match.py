@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+from ..channels import with_folds
 from ..graphs.base import Graph
 from ..proof import Miss, Piece, Proof, Prover
 from ..sites import Match, NormKind, NormSite, Refusal
-from ..terms import Op, Term, Value, has_meaning
+from ..terms import SHAPE_READERS, Op, Term, Value, has_meaning
 
 __all__ = ["match"]
 
@@ -40,9 +41,6 @@ REFUSED = {
     Op.GROUP_NORM: (NormKind.GROUP_NORM, "GroupNorm's statistics run over space and channels"),
     Op.INSTANCE_NORM: (NormKind.INSTANCE_NORM, "InstanceNorm's statistics run over space"),
 }
-SHAPE_READERS = {"Shape", "Size", "sym_size"}
-"""Operators that read the shape of a value alone."""
-
 BEHIND = {Op.MUL, Op.DIV, Op.ADD, Op.SUB, Op.CAST}
 """What may follow the scaling and still belong to the norm."""
 
@@ -81,6 +79,7 @@ def match(graph: Graph) -> Match:
             for scaling in _scalings(term):
                 if scaling not in found.claimed:
                     _settle(scaling, prover, outputs, found)
+    found.sites[:] = [with_folds(site, graph.outputs) for site in found.sites]
     return _named(graph.name, found)
 
 
