@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+from ..channels import with_folds
 from ..graphs.base import Graph
 from ..proof import Miss, Piece, Proof, Prover
 from ..sites import Match, NormKind, NormSite, Refusal
-from ..terms import Op, Term, Value, has_meaning
+from ..terms import SHAPE_READERS, Op, Term, Value, has_meaning
 
 __all__ = ["match"]
 
@@ -46,9 +47,6 @@ REFUSED = {
         "InstanceNorm's statistics run over space or time, for each channel alone",
     ),
 }
-SHAPE_READERS = {"Shape", "Size", "sym_size"}
-"""Operators that read the shape of a value alone."""
-
 CENTRING = {Op.ADD, Op.SUB, Op.NEG, Op.MEAN, Op.SUM, Op.CAST, Op.EXPAND, Op.UNSQUEEZE, Op.SQUEEZE}
 """Operators that make x - mean(x) of x; with them scalings by a constant."""
 
@@ -110,6 +108,7 @@ def match(graph: Graph) -> Match:
             for scaling in _scalings(term):
                 if scaling not in found.claimed:
                     _settle(scaling, prover, outputs, found)
+    found.sites[:] = [with_folds(site, graph.outputs) for site in found.sites]
     return _named(graph.name, found)
 
 
