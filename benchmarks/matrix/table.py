@@ -1,0 +1,172 @@
+"""docs/matrix.md from the results of the matrix, and from nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .routes import ONNX, ROUTES, State
+
+__all__ = ["render"]
+
+COMMAND = "make matrix"
+
+HEAD = """\
+# The matrix: every architecture by every route
+
+Written by `{command}` with {versions}. `python -m benchmarks.matrix --only REGEX` does some rows
+again. Do not edit: `tests/test_matrix.py` holds this page to what runs.
+
+Weights are random, so a row proves the route and says nothing of quality. Each row is one model,
+taken {small}:
+
+- **sites**, **kinds**: the calls of norms in one forward pass, counted by hooks on the modules; the
+  kind is probed (adding a constant to the input of a LayerNorm changes nothing). Not the matcher's.
+- **refusals**: what `inspect` refuses; every BatchNorm, GroupNorm and InstanceNorm that is called
+  must be among them.
+- **full size**: the real width and depth on the meta device; sites found, seconds of `torch.export`
+  and of `inspect`.
+- **fx**, **export**, **decomposed**: `inspect` of a `torch.fx.symbolic_trace`; of a `torch.export`,
+  static and with a dynamic batch; after `run_decompositions()`. Names and kinds equal the truth.
+- **all**: `convert(mode="all")` leaves no norm, and the model runs.
+- **compile**: `torch.compile(fullgraph=True)` of the original with that calibration turns every
+  site, and computes what the converted model does.
+- **ONNX**: opsets of the *original* model's files (18, 20, 23 over torch.export, 14 and 17 by the
+  legacy exporter) in which `inspect` finds as many sites of each kind.
+- **ONNX Runtime**: largest difference of the exported file from the converted model, relative to
+  the output. **TensorRT-RTX**: the engine that it builds from that file for SM89.
+
+{passing} "–" with a note: a tool in front of or behind this package refuses the model. "✗": it ran,
+and the result is not what it should be.
+"""
+
+COLUMNS = (
+    "system",
+    "source",
+    "sites",
+    "kinds",
+    "refusals",
+    "full size",
+    "fx",
+    "export",
+    "decomposed",
+    "all",
+    "compile",
+    "ONNX",
+    "ONNX Runtime",
+    "TensorRT-RTX",
+    "seconds",
+)
+
+ALIGNED = {"sites", "seconds"}
+
+
+class _Notes:
+    """Footnotes: the same text has one number."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def mark(self, text: str) -> str:
+        """The mark of a note; none for no text."""
+        return f"[^{self._numbers.setdefault(text, len(self._numbers) + 1)}]" if text else ""
+
+    def __str__(self) -> str:
+        return "\n".join(f"[^{number}]: {_escaped(text)}" for text, number in self._numbers.items())
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The page. results: as benchmarks/results/matrix.json holds them."""
+    rows: Mapping[str, Any] = results["rows"]
+    notes = _Notes()
+    groups: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        groups.setdefault(row["group"], []).append(_line(name, row, notes))
+    rule = ["--:" if column in ALIGNED else "---" for column in COLUMNS]
+    tables = [
+        "\n".join([f"## {group}", "", _joined(COLUMNS), _joined(rule), *lines])
+        for group, lines in groups.items()
+    ]
+    head = HEAD.format(
+        command=COMMAND,
+        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        small="the whole way at small size",
+        passing=_summary(rows.values()),
+    )
+    return "\n\n".join([head.rstrip(), *tables, str(notes)]).rstrip() + "\n"
+
+
+def _line(name: str, row: Mapping[str, Any], notes: _Notes) -> str:
+    cells = row["cells"]
+    shown = {route: _shown(cells.get(route), notes) for route in ROUTES if route not in _ONNX}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in row["kinds"].items())
+    return _joined(
+        [
+            name,
+            row["source"],
+            str(row["sites"]),
+            kinds or "nothing to replace",
+            shown["refusals"],
+            shown["full"],
+            shown["fx"],
+            shown["export"],
+            shown["decomposed"],
+            shown["convert"],
+            shown["compile"],
+            _opsets(cells, notes),
+            shown["parity"],
+            shown["engine"],
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+        ]
+    )
+
+
+def _shown(cell: Mapping[str, str] | None, notes: _Notes) -> str:
+    if cell is None:
+        return ""
+    mark = notes.mark(cell["reason"])
+    if cell["state"] == State.PASS:
+        return (cell["told"] or "✓") + mark
+    return _failed(cell) + mark
+
+
+def _failed(cell: Mapping[str, str]) -> str:
+    return "–" if cell["state"] in (State.CLOSED, State.SKIPPED) else "✗"
+
+
+_ONNX = {f"onnx{name}": name for name in ONNX}
+
+
+def _opsets(cells: Mapping[str, Any], notes: _Notes) -> str:
+    """The opsets that match; the others crossed out, with a note each."""
+    shown = []
+    for route, name in _ONNX.items():
+        cell = cells.get(route)
+        if cell is None:
+            continue
+        passed = cell["state"] == State.PASS
+        failed = "" if passed else f"{_failed(cell)}{notes.mark(cell['reason'])}"
+        shown.append(f"{name}{failed and ' '}{failed}")
+    return ", ".join(shown)
+
+
+def _summary(rows: Iterable[Mapping[str, Any]]) -> str:
+    """How many cells there are of each state."""
+    states = Counter(cell["state"] for row in rows for cell in row["cells"].values())
+    failed = states[State.WRONG] + states[State.ENDED]
+    return (
+        f"Of the cells, {states[State.PASS]} pass, {failed} are wrong, and "
+        f"{states[State.CLOSED] + states[State.SKIPPED]} could not be tried."
+    )
+
+
+def _joined(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown leaves as it is."""
+    for sign in "\\`*_<>[]|":
+        text = text.replace(sign, f"\\{sign}")
+    return text
