@@ -12,9 +12,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -46,7 +45,6 @@ def versions() -> dict[str, str]:
 def row(name: str, quick: bool, begun: Callable[[str], None]) -> dict[str, Any]:
     """The row of one system, from a new process. begun: told each route as it begins."""
     command = [sys.executable, "-m", f"{__package__}.routes", name, *(["--quick"] if quick else [])]
-    start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -63,11 +61,10 @@ def row(name: str, quick: bool, begun: Callable[[str], None]) -> dict[str, Any]:
             for route in QUICK if quick else ROUTES:
                 reason = told if route == last or not last else f"not reached: {last} {told}"
                 cells.setdefault(route, {"state": State.ENDED, "told": "", "reason": reason})
-    seconds = {} if quick else {"seconds": round(time.perf_counter() - start, 1)}
-    return {**_placeless(name), **facts, "cells": cells, **seconds}
+    return {**_unbuilt(name), **facts, "cells": cells}
 
 
-def _placeless(name: str) -> dict[str, Any]:
+def _unbuilt(name: str) -> dict[str, Any]:
     """What is known of a system that could not even be built."""
     system = SYSTEMS[name]
     return {"group": system.group, "source": system.source, "sites": 0, "kinds": {}}
@@ -83,7 +80,7 @@ def _followed(
     for line in lines or ():
         told = json.loads(line)
         if "facts" in told:
-            facts = told["facts"]
+            facts.update(told["facts"])
         elif "begun" in told:
             last = told["begun"]
             begun(last)
@@ -111,56 +108,60 @@ def merged(before: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]
     return rows
 
 
-def run(names: list[str], quick: bool, jobs: int) -> dict[str, Any]:
-    """The rows of some systems, several at a time."""
+def run(names: list[str], quick: bool, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Systems and their rows as they are done, several at a time."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    routes = len(QUICK if quick else ROUTES)
+    routes = list(QUICK if quick else ROUTES)
     with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
         whole = progress.add_task("systems", total=len(names))
 
-        def one(name: str) -> dict[str, Any]:
-            task = progress.add_task(name, total=routes)
+        def one(name: str) -> tuple[str, dict[str, Any]]:
+            task = progress.add_task(name, total=len(routes))
 
             def begun(route: str) -> None:
-                done = list(QUICK if quick else ROUTES).index(route)
+                done = routes.index(route)
                 progress.update(task, completed=done, description=f"{name}: {route}")
 
             made = row(name, quick, begun)
             progress.remove_task(task)
             progress.advance(whole)
-            return made
+            return name, made
 
-        return dict(zip(names, pool.map(one, names), strict=True))
+        for done in as_completed([pool.submit(one, name) for name in names]):
+            yield done.result()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    with replaced(path) as temporary:
+        temporary.write_text(text)
 
 
 def main() -> None:
-    """Run what was asked for, and write the results and the page."""
+    """Run what was asked for; the results and the page are written again after each row."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.matrix", description=__doc__)
     parser.add_argument("--only", metavar="REGEX", default="", help="systems whose name matches")
     parser.add_argument("--quick", action="store_true", help=f"only the routes {', '.join(QUICK)}")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--output", type=Path, default=TABLE, help="the page to write")
     asked = parser.parse_args()
-    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     names = [name for name in SYSTEMS if re.search(asked.only, name)]
-    kept = {name: old for name, old in before["rows"].items() if name not in names or asked.quick}
-    if kept and before["versions"] != versions():
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    stay = set(before["rows"]) if asked.quick else set(before["rows"]) - set(names)
+    if stay & set(SYSTEMS) and before["versions"] != versions():
         parser.error(f"rows that stay were made with other versions: {before['versions']}")
-    made = run(names, asked.quick, asked.jobs)
-    results = {"versions": versions(), "rows": merged(kept, made)}
-    for path, text in (
-        (RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n"),
-        (asked.output, render(results)),
-    ):
-        path.parent.mkdir(exist_ok=True)
-        with replaced(path) as temporary:
-            temporary.write_text(text)
-    print(f"{len(made)} rows done; {asked.output} has {len(results['rows'])}")
+    results = {"versions": versions(), "rows": before["rows"]}
+    for name, made in run(names, asked.quick, asked.jobs):
+        results["rows"] = merged(results["rows"], {name: made})
+        write(RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write(asked.output, render(results))
+    print(f"{len(names)} rows done; {asked.output} has {len(results['rows'])}")
 
 
 if __name__ == "__main__":

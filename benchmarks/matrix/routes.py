@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import tempfile
@@ -145,12 +146,12 @@ def full_size(subject: Subject) -> Cell:
     inputs = system.inputs(model, SAMPLES, 0)
     args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (inputs.args, inputs.kwargs))
     inputs = Inputs(args, kwargs)
-    start = time.perf_counter()
+    start = time.process_time()
     with tool("torch.export"):
         program = exported(model, inputs)
-    middle = time.perf_counter()
+    middle = time.process_time()
     found = dyt_compile.inspect(program)
-    end = time.perf_counter()
+    end = time.process_time()
     agree(found, truth(system, model, inputs))
     return Cell(told=f"{len(found.sites)} in {middle - start:.1f} + {end - middle:.1f} s")
 
@@ -335,9 +336,9 @@ def take(subject: Subject, name: str, done: dict[str, Cell]) -> Cell:
 
 
 def line(text: str) -> str:
-    """A reason as it stands in a table: one short line, the same on every machine."""
+    """A reason as it stands in a note: its first sentence, the same on every machine."""
     text = re.sub(r"(?:/[\w.-]+){2,}/", "", " ".join(text.split()))
-    text = re.sub(r" at 0x[0-9a-f]+", "", text)
+    text = re.sub(r" at 0x[0-9a-f]+", "", text).split(". ")[0]
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
@@ -371,6 +372,8 @@ def main(name: str, quick: bool) -> None:
             say(begun=route)
             done[route] = take(subject, route, done)
             say(route=route, cell=dataclasses.asdict(done[route]))
+        if not quick:
+            say(facts={"seconds": round(sum(os.times()[:4]), 1)})  # its own, and its processes'
 
 
 if __name__ == "__main__":

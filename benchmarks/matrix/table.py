@@ -10,35 +10,39 @@ from .routes import ONNX, ROUTES, State
 
 __all__ = ["render"]
 
-COMMAND = "make matrix"
-
 HEAD = """\
 # The matrix: every architecture by every route
 
-Written by `{command}` with {versions}. `python -m benchmarks.matrix --only REGEX` does some rows
-again. Do not edit: `tests/test_matrix.py` holds this page to what runs.
+Written by `make matrix`, of {versions}.
+`python -m benchmarks.matrix --only REGEX` does some rows again. Not edited by hand:
+`tests/test_matrix.py` holds it to what runs.
 
-Weights are random, so a row proves the route and says nothing of quality. Each row is one model,
-taken {small}:
+A row is one architecture with random weights, small for the whole way, and at its full size for
+matching alone. It proves the routes, and says nothing of quality.
 
-- **sites**, **kinds**: the calls of norms in one forward pass, counted by hooks on the modules; the
-  kind is probed (adding a constant to the input of a LayerNorm changes nothing). Not the matcher's.
-- **refusals**: what `inspect` refuses; every BatchNorm, GroupNorm and InstanceNorm that is called
-  must be among them.
-- **full size**: the real width and depth on the meta device; sites found, seconds of `torch.export`
-  and of `inspect`.
-- **fx**, **export**, **decomposed**: `inspect` of a `torch.fx.symbolic_trace`; of a `torch.export`,
-  static and with a dynamic batch; after `run_decompositions()`. Names and kinds equal the truth.
+- **sites**, **kinds**: the calls of norms in one forward pass. Hooks on the modules count them, and
+  their outputs show the kind (a constant added to its input does not move a LayerNorm): the
+  matcher has no part in it.
+- **refusals**: what `inspect` refuses. Every BatchNorm, GroupNorm and InstanceNorm that is called
+  must be among them, and no other module.
+- **full size**: sites found at the real width and depth, on the meta device; seconds of
+  `torch.export` and of `inspect`.
+- **fx**, **export**, **decomposed**: `inspect` of a graph of `torch.fx.symbolic_trace`; of
+  `torch.export`, with static shapes and with a dynamic batch; of that after
+  `run_decompositions()`. ✓: every name and kind is the true one.
 - **all**: `convert(mode="all")` leaves no norm, and the model runs.
-- **compile**: `torch.compile(fullgraph=True)` of the original with that calibration turns every
-  site, and computes what the converted model does.
-- **ONNX**: opsets of the *original* model's files (18, 20, 23 over torch.export, 14 and 17 by the
-  legacy exporter) in which `inspect` finds as many sites of each kind.
-- **ONNX Runtime**: largest difference of the exported file from the converted model, relative to
-  the output. **TensorRT-RTX**: the engine that it builds from that file for SM89.
+- **compile**: `torch.compile` of the original, `fullgraph=True`, with that calibration turns every
+  site into DyT, and computes what the converted model computes.
+- **ONNX**: the opsets of the original model's files in which `inspect` finds as many sites of each
+  kind: 18, 20 and 23 from the exporter over `torch.export`, 14 and 17 from the one over
+  TorchScript.
+- **ONNX Runtime**: the converted model's file against the converted model; the largest difference,
+  relative to the largest output.
+- **TensorRT-RTX**: the engine that it builds from that file for SM89.
+- **seconds**: of one CPU core, for the row.
 
-{passing} "–" with a note: a tool in front of or behind this package refuses the model. "✗": it ran,
-and the result is not what it should be.
+{summary} "–" with a note: a tool before or behind this package does not take the model, or the
+route before failed. "✗": it ran, and the result is not what it should be.
 """
 
 COLUMNS = (
@@ -89,10 +93,8 @@ def render(results: Mapping[str, Any]) -> str:
         for group, lines in groups.items()
     ]
     head = HEAD.format(
-        command=COMMAND,
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        small="the whole way at small size",
-        passing=_summary(rows.values()),
+        summary=_summary(rows.values()),
     )
     return "\n\n".join([head.rstrip(), *tables, str(notes)]).rstrip() + "\n"
 
@@ -156,7 +158,7 @@ def _summary(rows: Iterable[Mapping[str, Any]]) -> str:
     states = Counter(cell["state"] for row in rows for cell in row["cells"].values())
     failed = states[State.WRONG] + states[State.ENDED]
     return (
-        f"Of the cells, {states[State.PASS]} pass, {failed} are wrong, and "
+        f"Of {states.total()} cells, {states[State.PASS]} pass, {failed} are wrong, and "
         f"{states[State.CLOSED] + states[State.SKIPPED]} could not be tried."
     )
 

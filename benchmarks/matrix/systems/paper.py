@@ -36,8 +36,6 @@ DNA = "Paper: DNA"
 REFUSED = "Paper: BatchNorm, which cannot be replaced"
 NORM_FREE = "Paper: without norms"
 
-Making = Callable[[], nn.Module]
-
 
 def _random(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
