@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,6 +92,8 @@ def _followed(
 
 def _end(status: int, errors: IO[str]) -> str:
     """How a process ended: its status, and the last line that it wrote."""
+    if status == -signal.SIGKILL:
+        return f"killed: out of memory, or not done after {TIMEOUT_S} s"
     errors.seek(0)
     written = [line.strip() for line in errors if line.strip()]
     return f"ended with {status}: {written[-1][:120] if written else 'nothing said'}"

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -357,14 +357,14 @@ def main(name: str, quick: bool) -> None:
     """Take a system through its routes; whatever else is printed goes to stderr."""
     from .systems import SYSTEMS
 
-    told = sys.stdout
+    told = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def say(**what: Any) -> None:
         told.write(json.dumps(what) + "\n")
-        told.flush()
 
     warnings.simplefilter("ignore")
-    with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="matrix-") as folder:
+    with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
         subject = Subject(SYSTEMS[name], Path(folder))
         say(facts=facts(subject))
         done: dict[str, Cell] = {}
