@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dyt_compile.files import replaced
 
-from .routes import QUICK, ROUTES, State
+from .routes import QUICK, ROUTES, Cell, State
 from .systems import SYSTEMS
 from .table import render
 
@@ -61,7 +61,7 @@ def row(name: str, quick: bool, begun: Callable[[str], None]) -> dict[str, Any]:
             told = _end(status, errors)
             for route in QUICK if quick else ROUTES:
                 reason = told if route == last or not last else f"not reached: {last} {told}"
-                cells.setdefault(route, {"state": State.ENDED, "told": "", "reason": reason})
+                cells.setdefault(route, Cell(State.ENDED, reason=reason).to_dict())
     return {**_unbuilt(name), **facts, "cells": cells}
 
 

@@ -6,7 +6,6 @@ of them, in a process that may end: a line of JSON as each route begins and when
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -41,8 +40,8 @@ from .truth import Truth, WrongError, disagreement, miscounted, some, truth
 
 __all__ = ["ONNX", "QUICK", "ROUTES", "Cell", "State", "Subject", "facts", "take"]
 
-SAMPLES, BATCHES = 2, 4
-"""A batch, and how many: enough for the split into fit, plan and report, whatever is dynamic."""
+SAMPLES, BATCHES = 2, 8
+"""A batch, and how many: enough to fit a norm that sees one row a sample, whatever is dynamic."""
 
 TOLERANCE = 1e-4
 """Largest difference between two ways to compute a float32 model, relative to its output."""
@@ -67,6 +66,10 @@ class Cell:
     state: str = State.PASS
     told: str = ""
     reason: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """The cell as JSON data, without what is empty."""
+        return {name: text for name, text in vars(self).items() if text}
 
 
 @dataclass(frozen=True)
@@ -197,9 +200,12 @@ def refusals(subject: Subject) -> Cell:
 def converted(subject: Subject) -> Cell:
     """Every norm of the model turned into DyT; the model still runs."""
     conversion = subject.conversion
-    left = [site.name for site in match(conversion.graph).sites if not site.kind.lossless]
-    if left:
-        raise WrongError(f"still norms: {some(left)}")
+    kept = [f"{site.name} ({site.reason})" for site in conversion.report.sites if site.reason]
+    sites = match(conversion.graph).sites
+    if kept or not all(site.kind.lossless for site in sites):
+        raise WrongError(f"still norms: {some(kept)}")
+    if len(sites) != len(subject.truth.norms):
+        raise WrongError(f"{len(sites)} DyT instead of {len(subject.truth.norms)}")
     outputs = [x for x in subject.outputs(conversion.model) if x.is_floating_point()]
     if not all(bool(x.isfinite().all()) for x in outputs):
         raise WrongError("an output of the converted model is not finite")
@@ -371,7 +377,7 @@ def main(name: str, quick: bool) -> None:
         for route in QUICK if quick else ROUTES:
             say(begun=route)
             done[route] = take(subject, route, done)
-            say(route=route, cell=dataclasses.asdict(done[route]))
+            say(route=route, cell=done[route].to_dict())
         if not quick:
             say(facts={"seconds": round(sum(os.times()[:4]), 1)})  # its own, and its processes'
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .routes import ONNX, ROUTES, State
+from .routes import ONNX, ROUTES, Cell, State
 
 __all__ = ["render"]
 
@@ -100,7 +100,7 @@ def render(results: Mapping[str, Any]) -> str:
 
 
 def _line(name: str, row: Mapping[str, Any], notes: _Notes) -> str:
-    cells = row["cells"]
+    cells = {route: Cell(**told) for route, told in row["cells"].items()}
     shown = {route: _shown(cells.get(route), notes) for route in ROUTES if route not in _ONNX}
     kinds = ", ".join(f"{count} {kind}" for kind, count in row["kinds"].items())
     return _joined(
@@ -124,33 +124,27 @@ def _line(name: str, row: Mapping[str, Any], notes: _Notes) -> str:
     )
 
 
-def _shown(cell: Mapping[str, str] | None, notes: _Notes) -> str:
+def _shown(cell: Cell | None, notes: _Notes) -> str:
+    """The figure, a tick or a sign of failure, and the mark of the note to it."""
     if cell is None:
         return ""
-    mark = notes.mark(cell["reason"])
-    if cell["state"] == State.PASS:
-        return (cell["told"] or "✓") + mark
-    return _failed(cell) + mark
+    return (cell.told or "✓" if cell.state == State.PASS else _sign(cell)) + notes.mark(cell.reason)
 
 
-def _failed(cell: Mapping[str, str]) -> str:
-    return "–" if cell["state"] in (State.CLOSED, State.SKIPPED) else "✗"
+def _sign(cell: Cell) -> str:
+    return "–" if cell.state in (State.CLOSED, State.SKIPPED) else "✗"
 
 
 _ONNX = {f"onnx{name}": name for name in ONNX}
 
 
-def _opsets(cells: Mapping[str, Any], notes: _Notes) -> str:
-    """The opsets that match; the others crossed out, with a note each."""
-    shown = []
-    for route, name in _ONNX.items():
-        cell = cells.get(route)
-        if cell is None:
-            continue
-        passed = cell["state"] == State.PASS
-        failed = "" if passed else f"{_failed(cell)}{notes.mark(cell['reason'])}"
-        shown.append(f"{name}{failed and ' '}{failed}")
-    return ", ".join(shown)
+def _opsets(cells: Mapping[str, Cell], notes: _Notes) -> str:
+    """The opsets that match, and those that do not with a sign and a note each."""
+    done = {name: cells[route] for route, name in _ONNX.items() if route in cells}
+    return ", ".join(
+        name if cell.state == State.PASS else f"{name} {_shown(cell, notes)}"
+        for name, cell in done.items()
+    )
 
 
 def _summary(rows: Iterable[Mapping[str, Any]]) -> str:
