@@ -23,9 +23,8 @@ from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
 from .base import Batch
 from .onnx_constants import scalar, stored
-from .onnx_fused import fuse_again
 from .onnx_precision import Names
-from .onnx_prepare import prepare
+from .onnx_prepare import prepare, restore
 from .onnx_terms import say
 
 __all__ = ["OnnxGraph"]
@@ -77,7 +76,7 @@ class OnnxGraph:
     def model(self) -> ir.Model:
         """The model itself, with the norms that ONNX Runtime had fused as they were."""
         whole = self._model.clone()
-        fuse_again(whole)
+        restore(whole)
         return whole
 
     def apart(self) -> ir.Model:
@@ -203,7 +202,7 @@ class OnnxGraph:
         if not isinstance(operand, ir.Value):
             return None if operand is None else float(operand)
         value = self._values[operand]
-        if value.constant and (value.scalar is not None or not _literal(value)):
+        if value.scalar is not None or not _literal(value):
             return value
         number = scalar(operand)
         return value if number is None else number
@@ -334,7 +333,9 @@ def _captured(graph: ir.Graph) -> list[ir.Value]:
 
 
 def _literal(value: Value) -> bool:
-    """Whether a constant is made from literals alone, nothing learned."""
+    """Whether a value is a constant made from literals alone, nothing learned."""
+    if not value.constant:
+        return False
     if value.producer is None:
         return value.scalar is not None and not value.parameter
     return all(map(_literal, value.producer.operands))
