@@ -1,8 +1,10 @@
 # `make help` lists the targets.
-# Settable: PYTHON (3.10 or newer, makes the environments), PYTEST_ARGS (handed on to pytest).
+# Settable: PYTHON (3.10 or newer, makes the environments), PYTEST_ARGS (handed on to pytest),
+# MATRIX_ARGS (handed on to the matrix: --only REGEX, --quick, --jobs N).
 
 PYTHON      ?= python3
 PYTEST_ARGS ?= -n auto --dist loadfile
+MATRIX_ARGS ?=
 
 VENV    := .venv
 OLDEST  := .venv-minimum
@@ -12,7 +14,7 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format setup-minimum test-minimum clean
+.PHONY: help setup demo test matrix lint types format setup-minimum test-minimum clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -24,6 +26,9 @@ demo: setup  ## convert the digits transformer and show the report
 
 test: setup  ## run the whole test suite
 	@$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+matrix: setup  ## take every architecture every way, and write docs/matrix.md (an hour)
+	@$(TEST_ENV) $(BIN)/python -m benchmarks.matrix $(MATRIX_ARGS)
 
 lint: setup  ## check style and formatting
 	@$(BIN)/ruff check .

@@ -27,11 +27,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .calibration import Calibration, SiteSketch, digest, near, sketch
 from .dyt import FORMS, DytParameters, Form
-from .errors import CalibrationError, OptionError, RewriteError
-from .graphs.dynamo import Frame, Replacement
+from .errors import CalibrationError, CaptureError, OptionError, RewriteError, first_line
+from .graphs.dynamo import Anchor, Frame, Replacement
+from .graphs.fx_regions import CHECKPOINTS
 from .nn import parameter
 from .passes.match import match
-from .sites import NormKind, NormSite
+from .sites import Match, NormKind, NormSite
 from .terms import Op, Value
 
 __all__ = ["InductorPass", "backend", "dyt"]
@@ -81,10 +82,8 @@ def dyt(
     for name in options:
         if name not in OPTIONS:
             raise OptionError(f"option {name!r} is not known; allowed: {', '.join(OPTIONS)}")
-    if mode is not None:
-        raise OptionError(f"mode is {mode!r}; allowed: none, the backend 'dyt' has one mode")
     known = _known(options.get("calibration"))
-    return _Backend(known, _inner(options.get("inner", "inductor")))(module, inputs)
+    return _Backend(known, _inner(options.get("inner", "inductor")))(module, inputs, mode=mode)
 
 
 class InductorPass(CustomGraphPass):
@@ -156,21 +155,25 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Gamma:
-    """What a gamma is known by."""
+    """What a gamma is known by, as long as its version stays."""
 
     digest: str | None
     sketch: tuple[float, float]
+    version: int
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
     """How to run the frame for some gammas: the variant, and the inputs that it takes further.
 
-    watches: drop this from the artifact's table when one of the gammas dies.
+    versions: of the gammas, which change when they are written to; watches: drop this from the
+    artifact's table when one of the weights dies.
     """
 
     variant: Compiled
     values: tuple[torch.Tensor, ...]
+    versions: tuple[int, ...]
+    choices: Sequence[_Choice]
     watches: tuple[weakref.ref[torch.Tensor], ...]
 
 
@@ -183,13 +186,28 @@ class _Backend:
         self._known = known
         self._inner = inner
 
-    def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Compiled:
-        frame = Frame(module)
-        sites = match(frame.graph).sites
-        if not sites:
-            return self._inner(module, list(inputs))
-        artifact = _Artifact(frame, sites, self._known, self._inner)
-        return artifact.compiled(module, inputs)
+    def __call__(
+        self,
+        module: torch.fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Compiled:
+        inner = _in_mode(self._inner, mode, options)
+        try:
+            frame = Frame(module)
+        except CaptureError as error:
+            logger.warning("a frame is compiled as it is: %s", error)
+            return inner(module, list(inputs))
+        found = match(frame.graph)
+        self._known.tell_refused(frame, found)
+        if not found.sites:
+            return inner(module, list(inputs))
+        return _Artifact(frame, found.sites, self._known, inner).compiled(module, inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Backend:
+        return self  # it belongs to the calibration: a copied model has the same one
 
 
 class _Artifact:
@@ -207,13 +225,16 @@ class _Artifact:
         learned = [None if s.gamma is None else s.gamma.learned() for s in self._lossy]
         self._places = [None if v is None else frame.input_of(v) for v in learned]
         self._gammas = sorted({place for place in self._places if place is not None})
+        self._modules = [frame.module_of(site) for site in self._lossy]
+        self._anchors = frame.anchors if known.has_model and self._lossy else []
+        self._looked_at = sorted({*self._gammas, *(anchor.place for anchor in self._anchors)})
         self._variants: dict[tuple[Form | None, ...], Compiled] = {}
         self._calls: dict[tuple[int, ...], _Call] = {}
 
     def compiled(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile what the example inputs need; other variants follow when they are called."""
-        if any(isinstance(inputs[place], FakeTensor) for place in self._gammas):
-            return self  # nothing is known of the gammas before the first call
+        if any(isinstance(inputs[place], FakeTensor) for place in self._looked_at):
+            return self  # nothing is known of the weights before the first call
 
         def compile_at_once(replacements: Sequence[Replacement]) -> Compiled:
             changed = self._frame.replaced(replacements) if replacements else module
@@ -223,8 +244,13 @@ class _Artifact:
         return self if self._lossy else partial(_run, call)
 
     def __call__(self, *inputs: Any) -> Any:
-        call = self._calls.get(tuple(id(inputs[place]) for place in self._gammas))
-        return _run(self._call(inputs, self._compile_later) if call is None else call, *inputs)
+        call = self._calls.get(tuple(id(inputs[place]) for place in self._looked_at))
+        if call is None or call.versions != self._versions(inputs):
+            call = self._call(inputs, self._compile_later)
+        return _run(call, *inputs)
+
+    def _versions(self, inputs: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(_version(inputs[place]) for place in self._gammas)
 
     def _compile_later(self, replacements: Sequence[Replacement]) -> Compiled:
         """Dynamo is done with its frame: the variant becomes one of its own, with guards."""
@@ -236,24 +262,35 @@ class _Artifact:
     def _call(
         self, inputs: Sequence[Any], compiler: Callable[[Sequence[Replacement]], Compiled]
     ) -> _Call:
-        """How to run these inputs, remembered for as long as their gammas live."""
+        """How to run these inputs, remembered while their weights live and no gamma changes."""
+        calls, weights = self._calls, [inputs[place] for place in self._looked_at]
+        key = tuple(map(id, weights))
         choices = self._choices(inputs)
+        if key not in calls or calls[key].choices != choices:
+            _log(self._sites, choices)
         replacements = _replacements(self._frame, self._sites, choices, self._known.values)
         variant = tuple(choice.form for choice in choices)
         if variant not in self._variants:
             self._variants[variant] = compiler(replacements)
-        calls, gammas = self._calls, [inputs[place] for place in self._gammas]
-        key = tuple(map(id, gammas))
-        watches = tuple(weakref.ref(gamma, lambda _: calls.pop(key, None)) for gamma in gammas)
-        calls[key] = _Call(self._variants[variant], _tensors(replacements), watches)
+        watches = tuple(weakref.ref(weight, lambda _: calls.pop(key, None)) for weight in weights)
+        calls[key] = _Call(
+            self._variants[variant],
+            _tensors(replacements),
+            self._versions(inputs),
+            choices,
+            watches,
+        )
         return calls[key]
 
     def _choices(self, inputs: Sequence[Any]) -> list[_Choice]:
         gammas = [None if place is None else inputs[place] for place in self._places]
-        found = self._known.choose(self._lossy, gammas)
-        choices = [_unless(o, c) for o, c in zip(self._obstacles, found, strict=True)]
-        _log(self._sites, choices)
-        return choices
+        prefixes = self._known.prefixes(self._anchors, inputs)
+        paths = [
+            None if module is None or module[0] not in prefixes else prefixes[module[0]] + module[1]
+            for module in self._modules
+        ]
+        found = self._known.choose(self._lossy, gammas, paths)
+        return [_unless(o, c) for o, c in zip(self._obstacles, found, strict=True)]
 
 
 def _run(call: _Call, *inputs: Any) -> Any:
@@ -270,20 +307,67 @@ class _Known:
         self._sketches = {} if calibration is None else calibration.sketches()
         self._gammas = WeakIdKeyDictionary()
         self._paths = WeakIdKeyDictionary()
+        self._model = None if model is None else weakref.ref(model)
         self.values = _Values(calibration)
+        self._find_paths()
+
+    @property
+    def has_model(self) -> bool:
+        """Whether weights tell where in the model they are."""
+        return self._model is not None
+
+    def _find_paths(self) -> None:
+        model = None if self._model is None else self._model()
+        self._paths.clear()
         for path, held in () if model is None else model.named_parameters(remove_duplicate=False):
             self._paths.setdefault(held, []).append(path)
 
+    def prefixes(self, anchors: Sequence[Anchor], inputs: Sequence[Any]) -> dict[str, str]:
+        """Where in the model each root of a frame is, as far as its parameters leave one place."""
+        if any(inputs[anchor.place] not in self._paths for anchor in anchors):
+            self._find_paths()  # parameters were replaced
+        places: dict[str, set[str]] = {}
+        for anchor in anchors:
+            found = {
+                path.removesuffix(anchor.path)
+                for path in self._paths.get(inputs[anchor.place], ())
+                if f".{path}".endswith(f".{anchor.path}")
+            }
+            places[anchor.root] = places.get(anchor.root, found) & found
+        return {root: found.pop() for root, found in places.items() if len(found) == 1}
+
+    def tell_refused(self, frame: Frame, found: Match) -> None:
+        """Log the norms of a frame that no calibration can convert."""
+        level = logging.DEBUG if self._calibration is None else logging.WARNING
+        for refusal in found.refusals:
+            told = level if refusal.kind is NormKind.OTHER else logging.DEBUG
+            logger.log(told, "%s keeps its norm: %s", refusal.name, refusal.reason)
+        for operator, nested in frame.nested:
+            where = "a checkpoint, which training needs" if operator in CHECKPOINTS else operator
+            inside = match(nested.graph)
+            for site in (*inside.sites, *inside.refusals):
+                if not site.kind.lossless:
+                    logger.log(level, "%s keeps its norm: it stands inside %s", site.name, where)
+
     def choose(
-        self, sites: Sequence[NormSite], gammas: Sequence[torch.Tensor | None]
+        self,
+        sites: Sequence[NormSite],
+        gammas: Sequence[torch.Tensor | None],
+        paths: Sequence[str | None],
     ) -> list[_Choice]:
-        """What becomes of the lossy sites of a frame. gammas: what is learned of each."""
+        """What becomes of the lossy sites of a frame.
+
+        gammas: what is learned of each; paths: of their modules in the model, where known.
+        """
         if self._calibration is None:
             return [_Choice(None, reason="no calibration", planned=True) for _ in sites]
         names = self._whole(sites, gammas)
         if names is not None:
             return [_decided(self._calibration, name) for name in names]
-        return [self._choice(s, gamma) for s, gamma in zip(sites, gammas, strict=True)]
+        return [
+            self._by_path(site, gamma, path) or self._choice(site, gamma)
+            for site, gamma, path in zip(sites, gammas, paths, strict=True)
+        ]
 
     def _whole(
         self, sites: Sequence[NormSite], gammas: Sequence[torch.Tensor | None]
@@ -300,10 +384,37 @@ class _Known:
                 return None
         return names
 
+    def _by_path(
+        self, site: NormSite, gamma: torch.Tensor | None, path: str | None
+    ) -> _Choice | None:
+        """The choice for the module at a path of the model, None where it tells nothing."""
+        calibration = self._calibration
+        names = [] if path is None else self._names_at(path, site)
+        if (
+            calibration is None
+            or not names
+            or any(not _same(calibration, names[0], n) for n in names)
+        ):
+            return None
+        if gamma is not None and self._sketches[names[0]].digest != self._gamma(gamma).digest:
+            return _Choice(None, reason="its gamma is not the one that was calibrated")
+        return _decided(calibration, names[0])
+
+    def _names_at(self, path: str, site: NormSite) -> list[str]:
+        """The calibrated calls of the module at a path."""
+        return [
+            name
+            for name, calibrated in self._sketches.items()
+            if name.partition("#")[0] == path and calibrated.same_form(_sketch(site))
+        ]
+
     def _choice(self, site: NormSite, gamma: torch.Tensor | None) -> _Choice:
         calibration = self._calibration
         if calibration is None or site.gamma is None:
-            reason = "it has no gamma to be known by, and the frame is not the calibrated model"
+            reason = (
+                "it has no gamma to be known by, and the frame is not the calibrated model; "
+                "pass the model"
+            )
             return _Choice(None, reason=reason)
         if gamma is None:
             return _Choice(None, reason="its gamma is computed from several inputs of the frame")
@@ -329,12 +440,13 @@ class _Known:
         return _decided(calibration, names[0])
 
     def _gamma(self, tensor: torch.Tensor) -> _Gamma:
-        """What a gamma is known by, from its values when it was first seen."""
+        """What a gamma is known by, from its values."""
         found = self._gammas.get(tensor)
-        if found is None:
+        version = _version(tensor)
+        if found is None or found.version != version:
             with unset_fake_temporarily():
                 array = tensor.detach().to("cpu", torch.float32).numpy()
-            found = self._gammas[tensor] = _Gamma(digest(array), sketch(array))
+            found = self._gammas[tensor] = _Gamma(digest(array), sketch(array), version)
         known: _Gamma = found
         return known
 
@@ -486,6 +598,24 @@ def _log(sites: Sequence[NormSite], choices: Sequence[_Choice]) -> None:
         if choice.name is None:
             level = logging.DEBUG if choice.planned else logging.WARNING
             logger.log(level, "%s keeps its norm: %s", site.name, choice.reason)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Counts the writes to a tensor; those to its `.data` are not seen."""
+    version: int = 0 if tensor.is_inference() else tensor._version
+    return version
+
+
+def _in_mode(inner: Compiler, mode: str | None, options: Mapping[str, Any] | None) -> Compiler:
+    """The inner backend with the mode and the options that torch.compile was given."""
+    if inner is torch._dynamo.lookup_backend("inductor"):
+        try:
+            patches = {**torch._inductor.list_mode_options(mode or "default"), **(options or {})}
+        except RuntimeError as error:
+            raise OptionError(f"mode is {mode!r}: {first_line(error)}") from error
+        return partial(inner, config_patches=patches) if patches else inner
+    given = {"mode": mode, "options": options}
+    return partial(inner, **{k: v for k, v in given.items() if v}) if mode or options else inner
 
 
 def _inner(inner: str | Compiler) -> Compiler:

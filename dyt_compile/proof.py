@@ -29,6 +29,10 @@ ROWS = 12
 TOLERANCE = 1e-7
 """Relative; float64 leaves about 1e-9 after E[x^2] - E[x]^2 on the rows used here."""
 
+LARGEST_CLAMP = 0.008
+"""Some norms divide by max(rms, clamp) in place of an eps. The largest known clamp is bfloat16's
+machine epsilon, 0.0078; activations that matter are not smaller."""
+
 ROW_SIZES = (4, 3, 5, 2, 7)
 """Lengths that probes give to axes other than the normalized one: all different, so that a
 statistic along one of them is not taken for a statistic along another."""
@@ -205,6 +209,12 @@ def _read(
     line = _line(squares, inverse)
     if line is not None:
         return _judge(*line, is_centred, axes, base.shape[axes[0]])
+    clamp = _clamp(squares, inverse)
+    if clamp is not None:
+        slope, least = clamp
+        if least > LARGEST_CLAMP:
+            return Miss(f"it divides by {least:.3g} at least: smaller rows keep their size")
+        return _judge(slope, 0.0, is_centred, axes, base.shape[axes[0]])
     if _line((other * other).mean(axis=axes).ravel(), inverse) is not None:
         if is_centred:
             return Miss("it subtracts the mean, but divides by the root mean square without it")
@@ -224,6 +234,15 @@ def _line(squares: Array, inverse: Array) -> tuple[float, float] | None:
     if np.any(np.abs(slope * squares + intercept - inverse) > TOLERANCE * np.abs(inverse)):
         return None
     return float(slope), float(intercept) if intercept > 1e-6 * squares[smallest] else 0.0
+
+
+def _clamp(squares: Array, inverse: Array) -> tuple[float, float] | None:
+    """Slope, and the least root mean square, of rows that are divided by at least so much."""
+    largest = int(squares.argmax())
+    slope, floor = inverse[largest] / squares[largest], inverse.min()
+    if np.any(np.abs(np.maximum(slope * squares, floor) - inverse) > TOLERANCE * inverse):
+        return None
+    return float(slope), float((floor / slope) ** 0.5)
 
 
 def _judge(

@@ -39,6 +39,8 @@ class NormSite:
     affine: which of "gamma", "beta" the site applies; consumers: operators that read it.
     parallel_residual: another site normalizes the same value.
     tied_to: the site of the module's first call, None for that itself; both share their values.
+    folds: which of "gamma", "beta" all readers can take up in their weights, exactly, whether the
+    site has them now or gets them with DyT; unfolded: in one sentence, why the others cannot.
     """
 
     name: str
@@ -57,6 +59,8 @@ class NormSite:
     shift: Value | None = field(default=None, repr=False, compare=False)
     gamma: Value | None = field(default=None, repr=False, compare=False)
     beta: Value | None = field(default=None, repr=False, compare=False)
+    folds: tuple[str, ...] = ()
+    unfolded: str = ""
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
@@ -81,6 +85,8 @@ class NormSite:
             "consumers": list(self.consumers),
             "parallel_residual": self.parallel_residual,
             "tied_to": self.tied_to,
+            "folds": list(self.folds),
+            "unfolded": self.unfolded,
         }
 
 

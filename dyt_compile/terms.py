@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "SHAPE_READERS",
     "Alias",
     "Op",
     "Said",
@@ -28,6 +29,12 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float64]
+
+SHAPE_READERS = {
+    "Shape", "Size", "sym_size", "empty_like", "full_like", "new_empty", "new_full", "new_ones",
+    "new_zeros", "ones_like", "zeros_like",
+}  # fmt: skip
+"""Operators that read the shape and the dtype of a value alone."""
 
 
 class Op(enum.Enum):
@@ -58,8 +65,17 @@ class Op(enum.Enum):
     EXPAND = enum.auto()
     UNSQUEEZE = enum.auto()  # axes
     SQUEEZE = enum.auto()  # axes
-    TRANSPOSE = enum.auto()  # order: for each axis, its old place
     RESHAPE = enum.auto()  # moves axes of length 1 alone; sources: for each axis, its old place
+    VIEW = enum.auto()  # any other reshaping, in row-major order
+    TRANSPOSE = enum.auto()  # order: for each axis, its old place
+    SLICE = enum.auto()  # slices: by axis
+    GATHER = enum.auto()  # inputs x and indices; axis, consumed: axes that the indices replace
+    CONCAT = enum.auto()  # axis
+    PAD = enum.auto()  # with zeros; axes
+    ROLL = enum.auto()  # axes
+    MATMUL = enum.auto()  # inputs a, b, bias or None; transposed: b is (out, in)
+    CONVOLUTION = enum.auto()  # inputs x, weight, bias or None; groups, padded: with zeros
+    PARTS = enum.auto()  # a node of several results, each of which is said by itself
     LAYER_NORM = enum.auto()  # inputs x, gamma or None, beta or None; axes, eps
     RMS_NORM = enum.auto()  # inputs x, gamma or None; axes, eps
     DYT = enum.auto()  # inputs x and those of the form; form

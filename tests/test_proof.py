@@ -211,7 +211,7 @@ MISSES: dict[str, tuple[Callable[[Writer], Value], str]] = {
     "deviation_alone": (deviation_alone, "does not subtract"),
     "bent": (bent, "not the root"),
     "elementwise": (elementwise, "one number a row"),
-    "clamped": (clamped, "not the root"),
+    "clamped": (clamped, "smaller rows keep their size"),
     "shifted": (shifted, "one number a row"),
     "two_axes": (two_axes, "2 axes"),
     "mixed_axes": (mixed_axes, "different"),

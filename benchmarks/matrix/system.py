@@ -34,6 +34,8 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module is a LayerNorm or an RMSNorm over one axis, by its class."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return len(module.normalized_shape) == 1
+    if next(module.children(), None) is not None:
+        return False  # an encoder layer: Wav2Vec2EncoderLayerStableLayerNorm
     name = type(module).__name__
     return name.endswith(("LayerNorm", "RMSNorm", "LayerNorm2d", "RmsNorm", "RMSNormGated"))
 

@@ -70,5 +70,5 @@ def _needed(graph: Graph, sites: Sequence[NormSite]) -> set[Value]:
     return needed
 
 
-def _place(value: Value) -> int:
+def _place(value: Value) -> float:
     return -1 if value.producer is None else value.producer.index

@@ -8,8 +8,8 @@ replaced in Dynamo's own graph, which otherwise stays as it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,8 +30,9 @@ from ..nn import operator
 from ..sites import NormSite
 from ..terms import Value
 from .fx import FxGraph, ancestors, attribute
+from .fx_regions import CHECKPOINTS, RUN_ONCE, is_write, lay_open, subgraphs
 
-__all__ = ["Frame", "Hold", "Replacement"]
+__all__ = ["Anchor", "Frame", "Hold", "Replacement"]
 
 Node = torch.fx.Node
 Hold = Callable[[str, torch.Tensor], Node]
@@ -50,17 +51,34 @@ class Replacement:
     operands: Mapping[str, Value | torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """A parameter among the inputs of a frame, which tells where in a model the frame stands.
+
+    place: which input it is; root: what the frame reaches it from ("L['self']"); path: its path
+    below that.
+    """
+
+    place: int
+    root: str
+    path: str
+
+
 class Frame:
     """One GraphModule of Dynamo, and the aten graph in which it is matched.
 
     graph: parameters and buffers that Dynamo lifted to inputs count as constants in it.
-    Raises CaptureError if the module cannot be traced.
+    nested: what runs inside other operators, by the name of those; it is only looked at.
+    Regions that run once are laid open, checkpoints only without gradients: with them, they would
+    no longer save memory. Raises CaptureError if the module cannot be traced.
     """
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
         _fix_numbers(module)
         # Inner backends own and change the module that they are given; the frame keeps its own.
         self._module, _ = _copied(module)
+        lay_open(self._module, RUN_ONCE - (CHECKPOINTS if torch.is_grad_enabled() else set()))
+        self.nested = list(_nested(self._module))
         traced, recorder = _traced(self._module)
         self._made_by = recorder.made_by
         self._inputs = list(self._module.graph.find_nodes(op="placeholder"))
@@ -87,6 +105,20 @@ class Frame:
         node = self._nodes.get(value)
         return self._inputs.index(node) if node in self._inputs else None
 
+    @property
+    def anchors(self) -> list[Anchor]:
+        """The parameters among the inputs."""
+        return [
+            Anchor(place, *_split(_source(node).name))
+            for place, node in enumerate(self._inputs)
+            if _is_parameter(node) and _source(node) is not None
+        ]
+
+    def module_of(self, site: NormSite) -> tuple[str, str] | None:
+        """The module that a site belongs to, as root and path; None where that is not known."""
+        path = _module_path(self._made_by[site.output.native])
+        return _split(path) if path else None
+
     def reaches(self, values: Iterable[Value]) -> bool:
         """Whether values are results of Dynamo's own nodes, so that a replacement can take them."""
         return all(value in self._nodes for value in values)
@@ -102,7 +134,7 @@ class Frame:
             return "it lies inside a larger operator"
         places = [self._order[node] for node in self._between(site)]
         for node in islice(self._order, min(places), max(places) + 1):
-            if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            if is_write(node):
                 return f"{node.name} writes to a tensor while it is computed"
         return None
 
@@ -209,7 +241,7 @@ class _Recorder(torch.fx.Interpreter):
         result = self._given[n] if n in self._given else super().run_node(n)
         for made in islice(reversed(nodes), len(nodes) - before):
             self.made_by[made] = n
-            made.meta["nn_module_stack"] = {"": (_scope(n), None)}
+            made.meta["nn_module_stack"] = {"": (_split(_module_path(n))[1], None)}
         if isinstance(result, torch.Tensor):
             slot = get_proxy_slot(result, mode.tracer, None)
             if slot is not None:
@@ -333,20 +365,42 @@ def _is_weight(node: Node) -> bool:
     return _is_parameter(node) or "_dynamo_static_input_type" in held
 
 
-def _scope(node: Node) -> str:
-    """The module path of a node, below the frame's own `self`."""
+def _nested(module: torch.fx.GraphModule) -> Iterator[tuple[str, Frame]]:
+    """The subgraphs of the operators that were not laid open; those that no trace enters left out.
+
+    An input of theirs is what it is outside: a weight above all.
+    """
+    for node in module.graph.nodes:
+        bodies, operands = subgraphs(module, node)
+        for original in bodies:
+            body, _ = _copied(original)
+            inputs = body.graph.find_nodes(op="placeholder")
+            for inner, outer in zip(inputs, operands, strict=False):
+                if isinstance(outer, Node) and _is_weight(outer):
+                    inner.meta = {**inner.meta, **outer.meta}
+                    inner._dynamo_source = _source(outer)
+            with suppress(CaptureError):
+                yield str(node.target.name()), Frame(body)
+
+
+def _module_path(node: Node) -> str:
+    """Dynamo's path of the module that a node belongs to."""
     stack = node.meta.get("nn_module_stack") or {}
     path, _ = next(reversed(stack.values()), ("", None))
-    return _plain(str(path))
+    return str(path)
 
 
 def _path(node: Node) -> str:
     """The path of a weight, below the frame's own `self`."""
     source = _source(node)
-    return node.name if source is None else _plain(source.name)
+    return node.name if source is None else _split(source.name)[1]
 
 
-def _plain(path: str) -> str:
-    """`blocks.0.norm` for "L['self'].blocks._modules['0'].norm"."""
+def _split(path: str) -> tuple[str, str]:
+    """("L['self']", "blocks.0.norm") for "L['self'].blocks._modules['0'].norm"."""
     path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
-    return re.sub(r"^[LG]\['[^']*'\](?:\.__self__)?\.?", "", path)
+    while path != (plain := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", path)):
+        path = plain
+    found = re.match(r"[LG]\['[^']*'\](?:\.__self__)?", path)
+    root = found[0] if found else ""
+    return root, path[len(root) :].removeprefix(".")

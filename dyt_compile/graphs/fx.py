@@ -21,6 +21,7 @@ from ..nn import operator, parameter
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from .base import Batch
+from .fx_regions import is_write, subgraphs
 from .fx_terms import say, scalar_of
 
 __all__ = [
@@ -67,7 +68,7 @@ class FxGraph:
         self._values: dict[torch.fx.Node, Value] = {}
         self.terms: list[Term] = []
         for node in module.graph.nodes:
-            self._say(node)
+            self._say(node, module)
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder" and n not in weights]
         self.inputs = {str(n.target): self._values[n] for n in placeholders}
         self.outputs = self._name_outputs()
@@ -170,6 +171,7 @@ class FxGraph:
             for node in graph.nodes
             if node.op in ("get_attr", "call_module")
         }
+        attributes |= {path: attributes[path].detach().clone() for path in _written(graph)}
         for site, values, call in calls:
             attributes |= self._attach(graph, call, site, values, attributes)
         module = torch.fx.GraphModule(attributes, graph)
@@ -197,20 +199,33 @@ class FxGraph:
             call.args = (*call.args, *map(graph.get_attr, held))
         return held
 
-    def _say(self, node: torch.fx.Node) -> None:
+    def _say_nested(self, node: torch.fx.Node, module: torch.fx.GraphModule) -> None:
+        """The insides of cond, scan and while_loop: seen, so that norms there can be refused."""
+        bodies, operands = subgraphs(module, node)
+        for body in bodies:
+            inputs = body.graph.find_nodes(op="placeholder")
+            for inner, operand in zip(inputs, operands, strict=True):
+                self._values[inner] = self._value(inner, body, self._values.get(operand))
+            for inner in body.graph.nodes:
+                if inner.op != "placeholder" and _schema_name(inner) not in NO_EFFECT:
+                    self._order[inner] = self._order[node]
+                    self._say(inner, body, within=_label(node))
+
+    def _say(self, node: torch.fx.Node, module: torch.fx.GraphModule, within: str = "") -> None:
         if node.op == "output":
             return
+        self._say_nested(node, module)
         said = say(node) if node.op == "call_function" else None
         if isinstance(said, Alias):
             self._values[node] = self._values[said.operand]
             return
-        value = self._values[node] = self._value(node)
+        value = self._values[node] = self._value(node, module)
         if node.op in ("placeholder", "get_attr"):
             return
         meant = said or Said(Op.OPAQUE, tuple(node.all_input_nodes))
         self.terms += speak(
             meant, value, self._known,
-            index=self._order[node], scope=_scope(node), label=_label(node),
+            index=self._order[node], scope=_scope(node), label=_label(node), within=within,
         )  # fmt: skip
 
     def _known(self, operand: Any) -> Value | float | None:
@@ -218,9 +233,12 @@ class FxGraph:
             return self._values[operand]
         return None if operand is None else float(operand)
 
-    def _value(self, node: torch.fx.Node) -> Value:
+    def _value(
+        self, node: torch.fx.Node, module: torch.fx.GraphModule, outside: Value | None = None
+    ) -> Value:
+        """The value of a node of `module`; outside: what a subgraph's input is given."""
         if node.op == "get_attr":
-            tensor = attribute(self._module, str(node.target))
+            tensor = attribute(module, str(node.target))
             if isinstance(tensor, torch.Tensor):
                 learned = isinstance(tensor, torch.nn.Parameter)
                 return Value(
@@ -235,6 +253,11 @@ class FxGraph:
         if isinstance(seen, torch.Tensor):
             shape = tuple(map(_length, seen.shape))
             dtype = _dtype_name(seen.dtype)
+        if outside is not None and outside.constant:
+            return Value(
+                node, outside.name, shape or outside.shape, dtype or outside.dtype,
+                constant=True, parameter=outside.parameter, scalar=outside.scalar,
+            )  # fmt: skip
         scalar = scalar_of(node) if node.op == "call_function" else None
         if node in self._weights:
             path, learned = self._weights[node]
@@ -319,12 +342,15 @@ def argument_paths(
     In the order of the parameters, as torch.export has it. Raises TypeError if the arguments do
     not fit.
     """
-    bound = _bound(forward, args, kwargs)
+    return dict(_leaves_by_path(_bound(forward, args, kwargs)))
+
+
+def _leaves_by_path(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Leaves with their paths; by place where a container was registered without keys."""
     try:
-        leaves, _ = pytree.tree_flatten_with_path(bound)
-    except ValueError:  # a container of the user's, registered without keys: by place
-        return {(place,): leaf for place, leaf in enumerate(pytree.tree_leaves(bound))}
-    return dict(leaves)
+        return pytree.tree_flatten_with_path(tree)[0]
+    except ValueError:
+        return [((place,), leaf) for place, leaf in enumerate(pytree.tree_leaves(tree))]
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -411,6 +437,17 @@ def _put(
     return call
 
 
+def _written(graph: torch.fx.Graph) -> set[str]:
+    """The paths of the tensors that a graph writes to: running statistics, caches."""
+    return {
+        str(node.args[0].target)
+        for node in graph.nodes
+        if is_write(node)
+        and isinstance(node.args[0], torch.fx.Node)
+        and node.args[0].op == "get_attr"
+    }
+
+
 def attribute(module: torch.nn.Module, path: str) -> Any:
     """What a module holds under a dotted path."""
     found: Any = module
@@ -464,12 +501,11 @@ def _output_names(module: torch.fx.GraphModule, count: int) -> list[str]:
     if spec is None or spec.num_leaves != count:
         return ["output"] if count == 1 else [f"output_{place}" for place in range(count)]
     tree = pytree.tree_unflatten(list(range(count)), spec)
-    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    return [_joined(path, count) for path in paths]
+    return [_joined(path, count) for path, _ in _leaves_by_path(tree)]
 
 
 def _joined(path: tuple[Any, ...], count: int) -> str:
-    parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", ""))) for key in path]
+    parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
     if parts and isinstance(parts[0], str):
         return ".".join(map(str, parts))
     name = "_".join(map(str, parts))

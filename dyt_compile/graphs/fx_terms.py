@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -89,7 +88,7 @@ def _hypotenuse(a: Arguments, node: torch.fx.Node) -> Said:
     return Said(Op.SQRT, (Said(Op.ADD, squares),))
 
 
-def _product(a: Arguments, node: torch.fx.Node) -> Said | None:
+def _rows_by_columns(a: Arguments) -> Said | None:
     """A matrix product of rows by columns: for each row the sum of a product."""
     left, right = a["self"], a.get("other", a.get("mat2"))
     rows, columns = _shape(left), _shape(right)
@@ -117,17 +116,6 @@ def _einsum(a: Arguments, node: torch.fx.Node) -> Said | None:
     if terms[0] == terms[1] and result == longest[:-1] and longest[-1] != "*":
         return Said(Op.SUM, (product,), {"axes": (-1,), "keepdims": False})
     return None
-
-
-def _pool(axes: tuple[int, ...]) -> Saying:
-    """The mean over whole axes, as a pooling to one element."""
-
-    def saying(a: Arguments, node: torch.fx.Node) -> Said | None:
-        if any(size != 1 for size in a["output_size"]):
-            return None
-        return Said(Op.MEAN, (a["self"],), {"axes": axes, "keepdims": True})
-
-    return saying
 
 
 def _group_norm(a: Arguments, node: torch.fx.Node) -> Said:
@@ -170,10 +158,126 @@ def _reshape(a: Arguments, node: torch.fx.Node) -> Said | Alias | None:
         return None
     sources = moved_units(before, after)
     if sources is None:
-        return None
+        return Said(Op.VIEW, (a["self"],))
     if before == after:
         return Alias(a["self"])
     return Said(Op.RESHAPE, (a["self"],), {"sources": sources})
+
+
+def _transpose(a: Arguments, node: torch.fx.Node) -> Said | None:
+    shape = _shape(node)
+    if shape is None:
+        return None
+    order = [axis % len(shape) for axis in a.get("dims", range(len(shape)))]
+    if "dims" not in a and order:
+        first, second = a.get("dim0", 0), a.get("dim1", -1)
+        order[first], order[second] = order[second], order[first]
+    return Said(Op.TRANSPOSE, (a["self"],), {"order": tuple(order)})
+
+
+def _slice(a: Arguments, node: torch.fx.Node) -> Said:
+    bounds = (a["start"], a["end"], a["step"])
+    known = all(bound is None or isinstance(bound, int) for bound in bounds)
+    return Said(Op.SLICE, (a["self"],), {"slices": {a["dim"]: slice(*bounds) if known else None}})
+
+
+def _flip(a: Arguments, node: torch.fx.Node) -> Said:
+    slices = {axis: slice(None, None, -1) for axis in a["dims"]}
+    return Said(Op.SLICE, (a["self"],), {"slices": slices})
+
+
+def _roll(a: Arguments, node: torch.fx.Node) -> Said | None:
+    return Said(Op.ROLL, (a["self"],), {"axes": tuple(a["dims"])}) if a["dims"] else None
+
+
+def _select(a: Arguments, node: torch.fx.Node) -> Said:
+    place = a["index"] if isinstance(a["index"], (int, torch.fx.Node)) else None
+    return Said(Op.GATHER, (a["self"], place), {"axis": a["dim"], "consumed": 1})
+
+
+def _index(a: Arguments, node: torch.fx.Node) -> Said | None:
+    """x[:, indices]: one tensor of places, or a mask over several axes."""
+    given = [(axis, index) for axis, index in enumerate(a["indices"]) if index is not None]
+    if len(given) != 1:
+        return None
+    ((axis, index),) = given
+    mask = _dtype(index) in (torch.bool, torch.uint8)
+    consumed = len(_shape(index) or ()) if mask else 1
+    return Said(Op.GATHER, (a["self"], index), {"axis": axis, "consumed": consumed})
+
+
+def _concat(a: Arguments, node: torch.fx.Node) -> Said:
+    return Said(Op.CONCAT, tuple(a["tensors"]), {"axis": a["dim"]})
+
+
+def _pad(a: Arguments, node: torch.fx.Node) -> Said | None:
+    if a.get("mode", "constant") != "constant" or a.get("value") not in (None, 0):
+        return None
+    pairs = [a["pad"][place : place + 2] for place in range(0, len(a["pad"]), 2)]
+    axes = tuple(-1 - place for place, pair in enumerate(pairs) if any(x != 0 for x in pair))
+    return Said(Op.PAD, (a["self"],), {"axes": axes})
+
+
+def _linear(a: Arguments, node: torch.fx.Node) -> Said:
+    return Said(Op.MATMUL, (a["input"], a["weight"], a.get("bias")), {"transposed": True})
+
+
+def _matmul(a: Arguments, node: torch.fx.Node) -> Said:
+    return _rows_by_columns(a) or _any_matmul(a)
+
+
+def _any_matmul(a: Arguments) -> Said:
+    other = a["other"] if "other" in a else a["mat2"]
+    return Said(Op.MATMUL, (a["self"], other, None), {"transposed": False})
+
+
+def _addmm(a: Arguments, node: torch.fx.Node) -> Said | None:
+    if a.get("alpha", 1) != 1 or a.get("beta", 1) != 1:
+        return None
+    return Said(Op.MATMUL, (a["mat1"], a["mat2"], a["self"]), {"transposed": False})
+
+
+def _convolution(a: Arguments, node: torch.fx.Node) -> Said | None:
+    if a.get("transposed", False):
+        return None
+    padding = a["padding"]
+    padded = padding == "same" if isinstance(padding, str) else any(x != 0 for x in padding)
+    operands = (a["input"], a["weight"], a.get("bias"))
+    return Said(Op.CONVOLUTION, operands, {"groups": a["groups"], "padded": padded})
+
+
+def _pooled(a: Arguments, node: torch.fx.Node) -> Said | None:
+    """Adaptive pooling to one place is the mean over space."""
+    if any(size != 1 for size in a["output_size"]):
+        return None
+    axes = tuple(range(-len(a["output_size"]), 0))
+    return Said(Op.MEAN, (a["self"],), {"axes": axes, "keepdims": True})
+
+
+def _parts(a: Arguments, node: torch.fx.Node) -> Said:
+    return Said(Op.PARTS, (a["self"] if "self" in a else a["input"],))
+
+
+def _part(a: Arguments, place: int, source: torch.fx.Node) -> Said:
+    """One result of a split: a slice of what was split."""
+    axis = a["dim"]
+    sizes = [part.shape[axis] for part in source.meta.get("val", ())][: place + 1]
+    known = len(sizes) == place + 1 and all(isinstance(size, int) for size in sizes)
+    piece = slice(sum(sizes[:place]), sum(sizes)) if known else None
+    return Said(Op.SLICE, (a["self"],), {"slices": {axis: piece}})
+
+
+def _unbound(a: Arguments, place: int, source: torch.fx.Node) -> Said:
+    return Said(Op.GATHER, (a["self"], place), {"axis": a["dim"], "consumed": 1})
+
+
+_SPLITS: dict[str, Callable[[Arguments, int, torch.fx.Node], Said]] = {
+    "split": _part,
+    "split_with_sizes": _part,
+    "chunk": _part,
+    "unbind": _unbound,
+}
+"""Operators whose results are parts of their operand."""
 
 
 def _shape(node: Any) -> tuple[int | None, ...] | None:
@@ -184,22 +288,9 @@ def _shape(node: Any) -> tuple[int | None, ...] | None:
     return tuple(size if isinstance(size, int) else None for size in sizes)
 
 
-def _transpose(a: Arguments, node: torch.fx.Node) -> Said | None:
-    shape = _shape(node)
-    if shape is None:
-        return None
-    order = list(range(len(shape)))
-    if "dims" in a:
-        order = [axis % len(order) for axis in a["dims"]]
-    elif order:
-        first, second = a.get("dim0", 0), a.get("dim1", len(order) - 1)
-        order[first], order[second] = order[second], order[first]
-    return Said(Op.TRANSPOSE, (a["self"],), {"order": tuple(order)})
-
-
 def _repeat(a: Arguments, node: torch.fx.Node) -> Said | None:
     """An expansion where only axes of length 1 are repeated."""
-    before, repeats = _shape(a["self"]), a.get("repeats", a.get("dims"))
+    before, repeats = _shape(a["self"]), a.get("repeats") or a["dims"]
     if before is None or len(before) != len(repeats):
         return None
     grown = all(count == 1 or size == 1 for size, count in zip(before, repeats, strict=True))
@@ -284,6 +375,12 @@ _MULTIPLE: dict[str, dict[int, Saying]] = {
     "native_group_norm": {0: _group_norm},
     "_native_batch_norm_legit": {0: _refused(Op.BATCH_NORM)},
     "_native_batch_norm_legit_no_training": {0: _refused(Op.BATCH_NORM)},
+    "_native_batch_norm_legit_functional": {0: _refused(Op.BATCH_NORM)},
+    "_batch_norm_with_update": {0: _refused(Op.BATCH_NORM)},
+    "_batch_norm_with_update_functional": {0: _refused(Op.BATCH_NORM)},
+    "_batch_norm_no_update": {0: _refused(Op.BATCH_NORM)},
+    "native_batch_norm": {0: _refused(Op.BATCH_NORM)},
+    "cudnn_batch_norm": {0: _refused(Op.BATCH_NORM)},
 }
 """Operators with several results, by result."""
 
@@ -297,7 +394,9 @@ def _item(node: torch.fx.Node) -> Said | Alias | None:
     if name == "_native_batch_norm_legit" and target._overloadname == "no_stats":
         return Said(Op.INSTANCE_NORM, (source.args[0],)) if place == 0 else None
     if name == "broadcast_tensors" and isinstance(place, int):
-        return Said(Op.EXPAND, (source.args[0][place],))
+        return Said(Op.EXPAND, (source.all_input_nodes[place],))
+    if name in _SPLITS and isinstance(place, int):
+        return _SPLITS[name](_arguments(source, target), place, source)
     saying = _MULTIPLE.get(name, {}).get(place) if isinstance(place, int) else None
     return None if saying is None else saying(_arguments(source, target), node)
 
@@ -312,8 +411,6 @@ _SAYINGS: dict[str, Saying] = {
     "mse_loss": _squared_error,
     "hypot": _hypotenuse,
     "einsum": _einsum,
-    "matmul": _product,
-    "bmm": _product,
     "mul": _binary(Op.MUL),
     "multiply": _binary(Op.MUL),
     "div": _binary(Op.DIV),
@@ -339,20 +436,34 @@ _SAYINGS: dict[str, Saying] = {
     "sum": _reduction(Op.SUM),
     "var": _variance,
     "std": _deviation,
-    "adaptive_avg_pool1d": _pool((-1,)),
-    "adaptive_avg_pool2d": _pool((-2, -1)),
-    "_adaptive_avg_pool2d": _pool((-2, -1)),
     "view": _reshape,
     "reshape": _reshape,
     "_unsafe_view": _reshape,
+    "flatten": _reshape,
+    "unflatten": _reshape,
     "squeeze": _reshape,
     "transpose": _transpose,
-    "swapaxes": _transpose,
     "permute": _transpose,
     "t": _transpose,
+    "slice": _slice,
+    "flip": _flip,
+    "roll": _roll,
+    "select": _select,
+    "index": _index,
+    "cat": _concat,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
+    **dict.fromkeys((*_SPLITS, *_MULTIPLE), _parts),
+    "linear": _linear,
+    "matmul": _matmul,
+    "mm": _matmul,
+    "bmm": _matmul,
     "repeat": _repeat,
     "tile": _repeat,
     "linalg_norm": _length,
+    "addmm": _addmm,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d"), _pooled),
     "linalg_vector_norm": _length,
     "norm": _length,
     "clamp_min": _clamp_min,
@@ -389,5 +500,5 @@ def scalar_of(node: torch.fx.Node) -> float | None:
     value = node.args[-1]
     shape = node.args[0] if name == "aten::full" else ()
     if isinstance(value, (int, float)) and isinstance(shape, (list, tuple)):
-        return float(value) if math.prod(shape or (1,)) == 1 else None
+        return float(value) if all(size == 1 for size in shape) else None
     return None

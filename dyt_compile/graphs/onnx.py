@@ -184,13 +184,13 @@ class OnnxGraph:
         if node.op_type == "Constant" and node.domain == "":
             self._values[node.outputs[0]] = _seen(node.outputs[0], constant=True)
             return
-        said = say(node)
         for place, output in enumerate(node.outputs):
-            if place == 0 and isinstance(said, Alias) and said.operand in self._values:
+            said = say(node, place)
+            if isinstance(said, Alias) and said.operand in self._values:
                 self._values[output] = self._values[said.operand]
                 continue
             value = self._values[output] = _seen(output)
-            meant = said if place == 0 and isinstance(said, Said) else None
+            meant = said if isinstance(said, Said) else None
             meant = meant or Said(Op.OPAQUE, tuple(_read_by(node)))
             self.terms += speak(
                 meant, value, self._known,

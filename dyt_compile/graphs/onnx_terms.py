@@ -22,8 +22,12 @@ STATISTICS_READ = "its mean or its inverse deviation is read by another part of 
 Saying = Callable[[ir.Node], "Said | Alias | None"]
 
 
-def say(node: ir.Node) -> Said | Alias | None:
-    """The node's first output in the vocabulary, None where it has no place there."""
+def say(node: ir.Node, place: int = 0) -> Said | Alias | None:
+    """One output of the node in the vocabulary, None where it has no place there."""
+    if node.op_type == "Split" and node.domain == "":
+        return _part(node, place)
+    if place > 0:
+        return None
     if node.domain == DOMAIN and node.op_type in FORMS:
         return Said(Op.DYT, tuple(node.inputs), {"form": FORMS[node.op_type]})
     sayings = {"": _SAYINGS, "ai.onnx": _SAYINGS, MICROSOFT: _MICROSOFTS}.get(node.domain, {})
@@ -135,7 +139,7 @@ def _reshape(node: ir.Node) -> Said | Alias | None:
     after = _target(node, before)
     sources = None if after is None else moved_units(before, after)
     if sources is None:
-        return None
+        return Said(Op.VIEW, (source,))
     if before == after:
         return Alias(source)
     return Said(Op.RESHAPE, (source,), {"sources": sources})
@@ -155,10 +159,106 @@ def _target(node: ir.Node, before: Sequence[int | None]) -> tuple[int | None, ..
 
 
 def _transpose(node: ir.Node) -> Said | None:
-    order = node.attributes.get("perm")
-    return None if order is None else Said(
-        Op.TRANSPOSE, (_first(node),), {"order": tuple(order.as_ints())}
-    )  # fmt: skip
+    source = _first(node)
+    if "perm" in node.attributes:
+        return Said(Op.TRANSPOSE, (source,), {"order": tuple(node.attributes["perm"].as_ints())})
+    if source.shape is None:
+        return None
+    return Said(Op.TRANSPOSE, (source,), {"order": tuple(reversed(range(len(source.shape))))})
+
+
+def _slice(node: ir.Node) -> Said | None:
+    starts, ends = integers(node, "starts", 1), integers(node, "ends", 2)
+    given = len(node.inputs) > 3 and node.inputs[3] is not None
+    axes = integers(node, "axes", 3) if given else tuple(range(len(starts or ())))
+    stepped = len(node.inputs) > 4 and node.inputs[4] is not None
+    steps = integers(node, "steps", 4) if stepped else (1,) * len(axes or ())
+    if axes is None:
+        return None
+    slices: dict[int, slice | None] = dict.fromkeys(axes)
+    if starts is not None and ends is not None and steps is not None:
+        for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+            # A backward slice ends before the first element, which Python spells None.
+            slices[axis] = slice(start, None if step < 0 and end < -(2**31) + 2 else end, step)
+    return Said(Op.SLICE, (_first(node),), {"slices": slices})
+
+
+def _part(node: ir.Node, place: int) -> Said:
+    """One output of a Split: a slice of what was split."""
+    axis = node.attributes.get_int("axis", 0)
+    shapes = [output.shape for output in node.outputs[: place + 1]]
+    sizes = [None if shape is None else shape[axis] for shape in shapes]
+    known = [size for size in sizes if isinstance(size, int)]
+    piece = slice(sum(known[:place]), sum(known)) if len(known) == place + 1 else None
+    return Said(Op.SLICE, (_first(node),), {"slices": {axis: piece}})
+
+
+def _gather(node: ir.Node) -> Said:
+    index = node.inputs[1]
+    tensor = None if index is None else ir.convenience.get_const_tensor(index)
+    one = tensor is not None and len(tensor.shape) == 0
+    operands = (_first(node), scalar(index) if one else index)
+    return Said(Op.GATHER, operands, {"axis": node.attributes.get_int("axis", 0), "consumed": 1})
+
+
+def _gather_nd(node: ir.Node) -> Said | None:
+    index = node.inputs[1]
+    consumed = None if index is None or index.shape is None else index.shape[-1]
+    if node.attributes.get_int("batch_dims", 0) != 0 or not isinstance(consumed, int):
+        return None
+    return Said(Op.GATHER, (_first(node), index), {"axis": 0, "consumed": consumed})
+
+
+def _concat(node: ir.Node) -> Said:
+    return Said(Op.CONCAT, tuple(node.inputs), {"axis": node.attributes["axis"].as_int()})
+
+
+def _pad(node: ir.Node) -> Said | None:
+    pads, rank = integers(node, "pads", 1), _first(node).shape
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if node.attributes.get_string("mode", "constant") != "constant":
+        return None
+    if pads is None or rank is None or (value is not None and scalar(value) != 0):
+        return None
+    given = len(node.inputs) > 3 and node.inputs[3] is not None
+    axes = integers(node, "axes", 3) if given else tuple(range(len(rank)))
+    if axes is None:
+        return None
+    padded = tuple(
+        axis for axis, *pair in zip(axes, pads, pads[len(axes) :], strict=False) if any(pair)
+    )
+    return Said(Op.PAD, (_first(node),), {"axes": padded})
+
+
+def _matmul(node: ir.Node) -> Said:
+    return Said(Op.MATMUL, (*node.inputs, None), {"transposed": False})
+
+
+def _gemm(node: ir.Node) -> Said | None:
+    read = node.attributes
+    if read.get_int("transA", 0) or read.get_float("alpha", 1.0) != 1.0:
+        return None
+    if read.get_float("beta", 1.0) != 1.0:
+        return None
+    operands = (*node.inputs, None)[:3]
+    return Said(Op.MATMUL, operands, {"transposed": bool(read.get_int("transB", 0))})
+
+
+def _convolution(node: ir.Node) -> Said:
+    read = node.attributes
+    automatic = read.get_string("auto_pad", "NOTSET")
+    pads = read["pads"].as_ints() if "pads" in read else ()
+    padded = any(pads) if automatic == "NOTSET" else automatic != "VALID"
+    operands = (*node.inputs, None)[:3]
+    return Said(Op.CONVOLUTION, operands, {"groups": read.get_int("group", 1), "padded": padded})
+
+
+def _pooled(node: ir.Node) -> Said | None:
+    source = _first(node)
+    if source.shape is None:
+        return None
+    axes = tuple(range(2 - len(source.shape), 0))
+    return Said(Op.MEAN, (source,), {"axes": axes, "keepdims": True})
 
 
 def filled(node: ir.Node) -> float | None:
@@ -302,7 +402,17 @@ _SAYINGS: dict[str, Saying] = {
     "Dropout": _dropout,
     "Expand": lambda node: Said(Op.EXPAND, (_first(node),)),
     "Reshape": _reshape,
+    "Flatten": lambda node: Said(Op.VIEW, (_first(node),)),
     "Transpose": _transpose,
+    "Slice": _slice,
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "Concat": _concat,
+    "Pad": _pad,
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _convolution,
+    "GlobalAveragePool": _pooled,
     "Unsqueeze": _axes(Op.UNSQUEEZE),
     "Squeeze": _axes(Op.SQUEEZE),
     "LayerNormalization": _layer_norm,

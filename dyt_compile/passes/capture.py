@@ -144,8 +144,8 @@ def _from_module(
         args, kwargs = _at_least_two_rows((args, kwargs))
         dynamic_shapes = automatic_axes(module.forward, args, kwargs, varying)
     modes = {part: part.training for part in module.modules()}
-    module.eval()
     try:
+        _evaluate(module)
         program = torch.export.export(
             module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
@@ -159,14 +159,42 @@ def _from_module(
     return _from_program(program, type(module).__name__)
 
 
-def _from_program(program: torch.export.ExportedProgram, name: str) -> Graph:
-    from ..graphs.functional import functional
-    from ..graphs.fx import FxGraph
+def _evaluate(module: torch.nn.Module) -> None:
+    """Evaluation mode, but for what torch.export made: that keeps the mode it was traced in."""
+    try:
+        module.eval()
+    except NotImplementedError:
+        for part in module.modules():
+            part.training = False
 
-    program = functional(program)
-    module = _plain(program.module(check_guards=False))
+
+def _from_program(program: torch.export.ExportedProgram, name: str) -> Graph:
+    from ..graphs.fx import FxGraph
+    from ..graphs.fx_regions import lay_open
+
+    module = _plain(_functional(program).module(check_guards=False))
+    lay_open(module)
     args, kwargs = program.example_inputs or ((), {})
     return FxGraph(name, module, tuple(args), dict(kwargs))
+
+
+def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without operators that write to their operands.
+
+    A part of the graph can then run alone, and again: what it needs is among its operands, and no
+    buffer of the model changes (running statistics, caches).
+    """
+    from ..graphs.fx_regions import writes
+
+    if not writes(program.graph_module):
+        return program
+    try:
+        functional: torch.export.ExportedProgram = program.run_decompositions({})
+    except Exception as error:
+        raise CaptureError(
+            f"operators that write in place cannot be made functional: {first_line(error)}"
+        ) from error
+    return functional
 
 
 def _plain(module: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+from ..channels import with_folds
 from ..graphs.base import Graph
 from ..proof import Miss, Piece, Proof, Prover
 from ..sites import Match, NormKind, NormSite, Refusal
-from ..terms import Op, Term, Value, has_meaning
+from ..terms import SHAPE_READERS, Op, Term, Value, has_meaning
 
 __all__ = ["match"]
 
@@ -46,11 +47,16 @@ REFUSED = {
         "InstanceNorm's statistics run over space or time, for each channel alone",
     ),
 }
-SHAPE_READERS = {"Shape", "Size", "sym_size"}
-"""Operators that read the shape of a value alone."""
-
 CENTRING = {Op.ADD, Op.SUB, Op.NEG, Op.MEAN, Op.SUM, Op.CAST, Op.EXPAND, Op.UNSQUEEZE, Op.SQUEEZE}
 """Operators that make x - mean(x) of x; with them scalings by a constant."""
+
+OF_A_WEIGHT = "its input is a weight of the model, so its result never changes"
+
+UNKNOWN_CHANNELS = (
+    "the length of its normalized axis is not fixed, so that there is no gamma for each channel"
+)
+AFFINE_OF_INPUTS = "its gamma or beta is computed from the model's inputs"
+ACROSS_CHANNELS = "its gamma or beta varies along another axis than it normalizes"
 
 OTHER_SHAPE = Miss("its gamma or beta has another shape than one value a channel", near=False)
 
@@ -67,8 +73,12 @@ STEPS = 48
 @dataclass
 class _Found:
     sites: list[NormSite] = field(default_factory=list)
-    refusals: list[tuple[int, Refusal]] = field(default_factory=list)
+    refusals: list[tuple[float, Refusal]] = field(default_factory=list)
     claimed: set[Term] = field(default_factory=set)
+
+    def refuse(self, term: Term, reason: str, kind: NormKind = NormKind.OTHER) -> None:
+        """Take in that the norm which ends in `term` stays, and why."""
+        self.refusals.append((term.index, Refusal(term.scope or term.output.name, kind, reason)))
 
 
 def match(graph: Graph) -> Match:
@@ -77,11 +87,14 @@ def match(graph: Graph) -> Match:
     found = _Found()
     outputs = set(graph.outputs.values())
     for term in graph.terms:
-        if term in found.claimed or term.output.constant:
+        if term in found.claimed:
             continue
-        if term.op in REFUSED:
+        if term.output.constant:
+            if term.op in WHOLE_NORMS:
+                found.refuse(term, OF_A_WEIGHT)
+        elif term.op in REFUSED:
             kind, reason = REFUSED[term.op]
-            found.refusals.append((term.index, Refusal(term.scope or term.label, kind, reason)))
+            found.refuse(term, reason, kind)
         elif term.op in WHOLE_NORMS:
             _settle(term, prover, outputs, found, whole=True)
         elif term.op is Op.FUSED_NORM:
@@ -95,6 +108,7 @@ def match(graph: Graph) -> Match:
             for scaling in _scalings(term):
                 if scaling not in found.claimed:
                     _settle(scaling, prover, outputs, found)
+    found.sites[:] = [with_folds(site, graph.outputs) for site in found.sites]
     return _named(graph.name, found)
 
 
@@ -103,6 +117,26 @@ def _settle(
 ) -> None:
     """Accept what ends in `first` or a little behind it, if it is proved, or refuse it."""
     misses: list[Miss] = []
+    best = _furthest(first, prover, outputs, misses)
+    if best is None:
+        reasons = [miss.reason for miss in misses if miss.near or whole]
+        if reasons or whole:
+            found.refuse(first, next(iter(reasons), AFFINE_OF_INPUTS))
+        found.claimed.add(first)
+        return
+    piece, proof = best
+    found.claimed.update(piece.terms)
+    site = _site(piece, proof, outputs)
+    if site.channels is None:
+        found.refuse(first, UNKNOWN_CHANNELS)
+    else:
+        _add(found, first, site)
+
+
+def _furthest(
+    first: Term, prover: Prover, outputs: set[Value], misses: list[Miss]
+) -> tuple[Piece, Proof] | None:
+    """The norm that ends in `first`, with as much of what follows as still belongs to it."""
     best: tuple[Piece, Proof] | None = None
     end: Term | None = first
     for _ in range(ENDS):
@@ -118,22 +152,9 @@ def _settle(
         if end is not None and end.op not in BEHIND:
             break
     if best is not None and best[1].form.axes != (-1,) and OTHER_SHAPE in misses:
-        best, misses = (
-            None,
-            [Miss("its gamma or beta varies along another axis than it normalizes")],
-        )
-    if best is None:
-        near = [miss for miss in misses if miss.near]
-        if near or whole:
-            computed = Miss("its gamma or beta is computed from the model's inputs")
-            reason = (near or misses or [computed])[0].reason
-            refusal = Refusal(first.scope or first.output.name, NormKind.OTHER, reason)
-            found.refusals.append((first.index, refusal))
-        found.claimed.add(first)
-        return
-    piece, proof = best
-    found.claimed.update(piece.terms)
-    _add(found, first, _site(piece, proof, outputs))
+        misses[:] = [Miss(ACROSS_CHANNELS)]
+        return None
+    return best
 
 
 def _takes_more(end: Term) -> bool:
@@ -186,7 +207,7 @@ def _closed(piece: Piece) -> Miss | None:
     return None
 
 
-def _centres(term: Term, centred: Collection[Value]) -> bool:
+def _centres(term: Term, centred: set[Value]) -> bool:
     """Whether a term leads from x to x - mean(x)."""
     if not centred.issuperset(v for v in term.operands if not v.constant):
         return False
@@ -247,7 +268,7 @@ def _pieces(end: Term) -> Iterator[Piece]:
                 heapq.heappush(order, (-_position(operand), id(operand), operand))
 
 
-def _position(value: Value) -> int:
+def _position(value: Value) -> float:
     return -1 if value.producer is None else value.producer.index
 
 
@@ -395,8 +416,9 @@ def _add(found: _Found, term: Term, site: NormSite | None) -> None:
     if not term.within:
         found.sites.append(site)
     elif not site.kind.lossless:
-        reason = f"it stands inside {term.within}, where its activations cannot be observed"
-        found.refusals.append((term.index, Refusal(site.name, NormKind.OTHER, reason)))
+        found.refuse(
+            term, f"it stands inside {term.within}, where its activations cannot be observed"
+        )
 
 
 def _only_consumer(value: Value, outputs: set[Value]) -> Term | None:

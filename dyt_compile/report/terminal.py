@@ -2,40 +2,93 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..sites import Match
+from ..sites import Match, NormSite
 from .records import Report
 
 __all__ = ["match_table", "report_table"]
 
 
 def match_table(match: Match) -> RenderableType:
-    """The sites and the refusals of a model."""
-    sites = _table("site", "kind", "channels", "eps", "affine", "read by")
-    for site in match.sites:
-        channels = "?" if site.channels is None else str(site.channels)
-        eps = "" if site.kind.lossless else f"{site.eps:g}"
-        sites.add_row(
-            Text(site.name), site.kind.value, channels, eps,
-            ", ".join(site.affine), Text(_counted(site.consumers)),
-        )  # fmt: skip
+    """The sites and the refusals of a model; repeated layers take one line."""
     counts = f"{len(match.sites)} sites, {len(match.refusals)} refused"
     parts: list[RenderableType] = [Text(f"{match.model}: {counts}", style="bold")]
     if match.sites:
-        parts.append(sites)
+        parts.append(_site_table(match.sites))
+    reasons = _grouped(match.sites, lambda site: (_alike(site.unfolded),))
+    if any(site.unfolded for site in match.sites):
+        unfolded = _table("not folded into the reader", "sites")
+        for group in reasons:
+            if group[0].unfolded:
+                unfolded.add_row(Text(group[0].unfolded), str(len(group)))
+        parts.append(unfolded)
     if match.refusals:
         refusals = _table("refused", "kind", "reason")
-        for refusal in match.refusals:
-            refusals.add_row(Text(refusal.name), refusal.kind.value, Text(refusal.reason))
+        for refused in _grouped(match.refusals, lambda r: (_alike(r.name), r.kind, r.reason)):
+            reason = Text(refused[0].reason)
+            refusals.add_row(Text(_joint([r.name for r in refused])), refused[0].kind.value, reason)
         parts.append(refusals)
     return Group(*parts)
+
+
+def _site_table(sites: Sequence[NormSite]) -> Table:
+    table = _table("site", "kind", "channels", "eps", "affine", "folds", "read by")
+    symbols = {"gamma": "γ", "beta": "β"}
+
+    def row(site: NormSite) -> tuple[str, ...]:
+        return (
+            site.kind.value,
+            "?" if site.channels is None else str(site.channels),
+            "" if site.kind.lossless else f"{site.eps:g}",
+            " ".join(symbols[name] for name in site.affine),
+            " ".join(symbols[name] for name in site.folds) or "no",
+            _counted(site.consumers),
+        )
+
+    for group in _grouped(sites, lambda site: (_alike(site.name), *row(site))):
+        table.add_row(Text(_joint([site.name for site in group])), *map(Text, row(group[0])))
+    return table
+
+
+Entry = TypeVar("Entry")
+
+
+def _grouped(
+    entries: Iterable[Entry], key: Callable[[Entry], tuple[object, ...]]
+) -> list[list[Entry]]:
+    """Entries of equal key together, groups in the order of their first entries."""
+    groups: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(key(entry), []).append(entry)
+    return list(groups.values())
+
+
+def _alike(text: str) -> str:
+    """A name or a sentence without the numbers of layers and without names of nodes."""
+    return re.sub(r"\d+", "0", re.sub("`[^`]*`", "``", text))
+
+
+def _joint(names: Sequence[str]) -> str:
+    """One name for several that differ in numbers: "blocks.{0..11}.norm1 ×12"."""
+    if len(names) == 1:
+        return names[0]
+    numbers = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
+    spans = iter([(min(found), max(found)) for found in map(tuple, numbers)])
+
+    def span(_: re.Match[str]) -> str:
+        first, last = next(spans)
+        return str(first) if first == last else f"{{{first}..{last}}}"
+
+    return re.sub(r"\d+", span, names[0]) + f" ×{len(names)}"
 
 
 def report_table(report: Report) -> RenderableType:

@@ -88,8 +88,27 @@ def test_inspect_writes_the_sites_as_json(model: str, tmp_path: Path) -> None:
     assert found["sites"][0] == {
         "name": "0.norm", "kind": "layer_norm", "channels": 8, "axes": [-1], "eps": 1e-5,
         "affine": ["gamma", "beta"], "dtype": "float32", "consumers": ["linear"],
-        "parallel_residual": False, "tied_to": None,
+        "parallel_residual": False, "tied_to": None, "folds": ["gamma", "beta"], "unfolded": "",
     }  # fmt: skip
+
+
+def test_inspect_shows_repeated_layers_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", model) == 0
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if "layer_norm" in line]
+    assert line.split() == [
+        "{0..1}.norm",
+        "×2",
+        "layer_norm",
+        "8",
+        "1e-05",
+        "γ",
+        "β",
+        "γ",
+        "β",
+        "linear",
+    ]
+    assert all(len(line) <= 100 for line in printed.splitlines())
 
 
 def test_convert_writes_model_report_and_calibration(model: str, data: str, tmp_path: Path) -> None:

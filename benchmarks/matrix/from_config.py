@@ -1,0 +1,54 @@
+"""Architectures of transformers, built from their configurations with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from .system import Inputs
+
+__all__ = ["built", "token_inputs", "tokens"]
+
+SPREAD = 0.1
+"""Of gammas and betas around their initial value: exporters fold away the ones and zeros of a
+fresh norm, which no trained model has."""
+
+
+def built(architecture: str, settings: dict[str, Any]) -> nn.Module:
+    """A model of the class `architecture` in evaluation mode, the same one at each call."""
+    model_class = getattr(transformers, architecture)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = model_class(model_class.config_class(**settings)).eval()
+        for module in model.modules():
+            if "Norm" in type(module).__name__:
+                for parameter in module.parameters(recurse=False):
+                    parameter.add_(torch.randn_like(parameter), alpha=SPREAD)
+    return model
+
+
+def tokens(model: nn.Module, samples: int, seed: int, length: int) -> torch.Tensor:
+    """Random token ids above the special ones; a meta tensor for a model on the meta device."""
+    generator = torch.Generator().manual_seed(seed)
+    size = model.config.get_text_config().vocab_size
+    ids = torch.randint(3, size, (samples, length), generator=generator, device="cpu")
+    return ids.to(model.device)
+
+
+def token_inputs(
+    model: nn.Module,
+    samples: int,
+    seed: int,
+    names: Sequence[str] = ("input_ids",),
+    length: int = 6,
+) -> Inputs:
+    """Random tokens under each of the given names."""
+    return Inputs(
+        kwargs={
+            name: tokens(model, samples, seed + place, length) for place, name in enumerate(names)
+        }
+    )
