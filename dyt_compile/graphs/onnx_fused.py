@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["MICROSOFT", "fuse_again", "take_apart", "take_over"]
+__all__ = ["MICROSOFT", "fuse_again", "take_apart"]
 
 MICROSOFT = "com.microsoft"
 
@@ -59,10 +59,10 @@ def _fuse(
     )  # fmt: skip
     graph.insert_after(norm, node)
     node.metadata_props.update(norm.metadata_props)
-    take_over(norm.outputs[0], node.outputs[0])
+    _take_over(norm.outputs[0], node.outputs[0])
     if serves_sum:
         node.outputs[1].name = node.outputs[2].name = ""
-        take_over(total, node.outputs[3])
+        _take_over(total, node.outputs[3])
     for old in (norm, *adds):
         graph.remove(old, safe=True)
     return True
@@ -80,7 +80,7 @@ def _adds(total: ir.Value | None, count: int) -> list[ir.Node] | None:
     return found
 
 
-def take_over(old: ir.Value, new: ir.Value) -> None:
+def _take_over(old: ir.Value, new: ir.Value) -> None:
     """Let the readers of a value read another one, which takes its name."""
     name = old.name
     new.shape, new.type = old.shape, old.type
@@ -132,7 +132,7 @@ class _Builder:
         """Let the readers of an output of the fused node read `value`, which takes its name."""
         if not _is_read(self._fused, place):
             return
-        take_over(self._fused.outputs[place], value)
+        _take_over(self._fused.outputs[place], value)
 
     def done(self) -> None:
         """Remove the fused node, of whose outputs none is read any more."""

@@ -11,8 +11,8 @@ from onnx_ir.passes import common
 
 from ..dyt import DOMAIN
 from ..errors import CaptureError
-from .onnx_constants import known, stored
-from .onnx_fused import MICROSOFT, fuse_again, take_apart, take_over
+from .onnx_constants import stored
+from .onnx_fused import MICROSOFT, fuse_again, take_apart
 
 __all__ = ["prepare", "restore"]
 
@@ -58,7 +58,6 @@ def prepare(model: ir.Model) -> None:
     model.graph.sort()
     _correct_constants(model)
     _infer_shapes(model)
-    _fix_lengths(model.graph)
 
 
 def _correct_constants(model: ir.Model) -> None:
@@ -88,23 +87,6 @@ def _infer_shapes(model: ir.Model) -> None:
             value.shape, value.type = shape, kind
         elif value.shape != shape:
             value.meta[DECLARED] = shape
-
-
-def _fix_lengths(graph: ir.Graph) -> None:
-    """Lengths of axes as constants, where they never change and are computed with: sum(x) / D."""
-    for node in list(graph):
-        if node.op_type != "Cast" or node.domain != "":
-            continue
-        dtype = ir.DataType(node.attributes["to"].as_int())
-        array = known(node.outputs[0]) if dtype.is_floating_point() else None
-        if array is None or stored(node.inputs[0]) is not None:
-            continue
-        tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype)
-        constant = ir.node("Constant", [], {"value": tensor}, name=node.name)
-        constant.metadata_props.update(node.metadata_props)
-        graph.insert_before(node, constant)
-        take_over(node.outputs[0], constant.outputs[0])
-        graph.remove(node, safe=True)
 
 
 @contextmanager
