@@ -154,12 +154,15 @@ class Term:
     """One node of a graph in the vocabulary, with exactly one output.
 
     inputs: values, Python floats for literals, or None for an absent optional operand.
+    also: values that its node reads besides, such as the shape to expand to.
     index: its place in execution order, a whole number for what is a node; scope: the path of the
     module that it belongs to;
     label: the operator's name in its own world; within: the control flow that it stands in ("If").
     """
 
-    __slots__ = ("attributes", "index", "inputs", "label", "op", "output", "scope", "within")
+    __slots__ = (
+        "also", "attributes", "index", "inputs", "label", "op", "output", "scope", "within",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -172,8 +175,10 @@ class Term:
         scope: str,
         label: str,
         within: str = "",
+        also: Sequence[Value] = (),
     ) -> None:
         self.op = op
+        self.also = tuple(also)
         self.inputs = tuple(inputs)
         self.output = output
         self.attributes = attributes
@@ -185,7 +190,7 @@ class Term:
         for value in self.operands:
             value.consumers.append(self)
         if op is not Op.OPAQUE or self.operands:
-            output.constant = all(value.constant for value in self.operands)
+            output.constant = all(value.constant for value in (*self.operands, *self.also))
         if output.constant and op in ELEMENTWISE:
             output.scalar = self._number()
 
@@ -235,6 +240,7 @@ def speak(
     scope: str,
     label: str,
     within: str = "",
+    also: Sequence[Value] = (),
 ) -> list[Term]:
     """The terms of a node, those of its parts first. known: the value of one of its operands."""
     terms: list[Term] = []
@@ -257,7 +263,7 @@ def speak(
     terms.append(
         Term(
             said.op, operands, output, said.attributes,
-            index=index, scope=scope, label=label, within=within,
+            index=index, scope=scope, label=label, within=within, also=also,
         )
     )  # fmt: skip
     return terms

@@ -26,8 +26,8 @@ from ..errors import (
 from ..files import replaced
 from ..graphs import onnx_functions
 from ..graphs.onnx import SCOPES, OnnxGraph
-from ..graphs.onnx_fused import fuse_again
 from ..graphs.onnx_precision import NARROW, holds, narrow
+from ..graphs.onnx_prepare import restore
 from ..passes.match import match
 from ..runtime import EMBEDDED_BYTES, Session
 
@@ -95,7 +95,7 @@ def export_onnx(
     _forget_the_machine(model)
     if dtype in NARROW:
         narrow(model, NARROW[dtype], _kept_norms(model))
-    fuse_again(model)
+    restore(model)
     dtype = next((name for name, narrow_type in NARROW.items() if holds(model, narrow_type)), dtype)
     with replaced(target) as temporary:
         size = _save(model, temporary)

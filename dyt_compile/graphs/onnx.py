@@ -23,9 +23,8 @@ from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
 from .base import Batch
 from .onnx_constants import scalar, stored
-from .onnx_fused import fuse_again
 from .onnx_precision import Names
-from .onnx_prepare import prepare
+from .onnx_prepare import prepare, restore
 from .onnx_terms import say
 
 __all__ = ["OnnxGraph"]
@@ -77,7 +76,7 @@ class OnnxGraph:
     def model(self) -> ir.Model:
         """The model itself, with the norms that ONNX Runtime had fused as they were."""
         whole = self._model.clone()
-        fuse_again(whole)
+        restore(whole)
         return whole
 
     def apart(self) -> ir.Model:
@@ -194,19 +193,31 @@ class OnnxGraph:
             meant = said if isinstance(said, Said) else None
             meant = meant or Said(Op.OPAQUE, tuple(_read_by(node)))
             self.terms += speak(
-                meant, value, self._known,
+                meant, value, self._operand,
                 index=self._order[node], scope=_scope(node), label=node.op_type, within=within,
+                also=self._also(node, meant),
             )  # fmt: skip
 
-    def _known(self, operand: Any) -> Value | float | None:
-        """An operand as a value; as a number, where it is computed and always the same."""
+    def _operand(self, operand: Any) -> Value | float | None:
+        """An operand as a value; as a number, where it is the length of an axis that is fixed."""
         if not isinstance(operand, ir.Value):
             return None if operand is None else float(operand)
         value = self._values[operand]
-        if value.constant and (value.scalar is not None or not _literal(value)):
-            return value
-        number = scalar(operand)
+        computed = not value.constant and value.shape in (None, (), (1,))
+        number = scalar(operand) if computed else None
         return value if number is None else number
+
+    def _also(self, node: ir.Node, said: Said) -> list[Value]:
+        """What a node reads and its term does not, constants left out."""
+        pending, named = list(said.operands), set()
+        while pending:
+            operand = pending.pop()
+            if isinstance(operand, Said):
+                pending.extend(operand.operands)
+            else:
+                named.add(self._operand(operand))
+        others = (self._values[value] for value in node.inputs if value is not None)
+        return [value for value in others if not value.constant and value not in named]
 
 
 class OnnxSegment:
@@ -333,19 +344,12 @@ def _captured(graph: ir.Graph) -> list[ir.Value]:
     return [value for value in (*read, *graph.outputs) if value not in own]
 
 
-def _literal(value: Value) -> bool:
-    """Whether a constant is made from literals alone, nothing learned."""
-    if value.producer is None:
-        return value.scalar is not None and not value.parameter
-    return all(map(_literal, value.producer.operands))
-
-
 def _seen(value: ir.Value, *, constant: bool = False) -> Value:
     shape: tuple[int | None, ...] | None = None
     if value.shape is not None:
         shape = tuple(size if isinstance(size, int) else None for size in value.shape)
     elif constant and value.const_value is not None:
-        shape = value.const_value.shape.numpy()
+        shape = tuple(value.const_value.shape.numpy())
     dtype = None if value.dtype is None else value.dtype.numpy().name
     number = scalar(value) if constant else None
     # A learned number and a literal are both initializers; exporters give the learned one the

@@ -79,15 +79,18 @@ def _partly_known(value: ir.Value | None, depth: int) -> Array | None:
     computing = _COMPUTED.get(node.op_type)
     if computing is None:
         return None
-    operands = [_partly_known(operand, depth - 1) for operand in node.inputs]
-    if any(operand is None for operand in operands):
-        return None
+    operands: list[Array] = []
+    for operand in node.inputs:
+        array = _partly_known(operand, depth - 1)
+        if array is None:
+            return None
+        operands.append(array)
     try:
         with np.errstate(all="ignore"):
-            array = np.asarray(computing(node, *operands), np.float64)
+            result = np.asarray(computing(node, *operands), np.float64)
     except (IndexError, ValueError):  # NumPy's, for shapes and places that do not fit
         return None
-    return array if array.size <= LARGEST else None
+    return result if result.size <= LARGEST else None
 
 
 def _lengths(node: ir.Node) -> Array | None:

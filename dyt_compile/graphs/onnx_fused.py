@@ -84,6 +84,7 @@ def _take_over(old: ir.Value, new: ir.Value) -> None:
     """Let the readers of a value read another one, which takes its name."""
     name = old.name
     new.shape, new.type = old.shape, old.type
+    new.meta.update(old.meta)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     old.name, new.name = f"{name}_apart", name
 
