@@ -48,6 +48,8 @@ Shape = Sequence["int | None"]
 LARGEST = 1 << 22
 """Elements of a carried array; a scale that differs at more places is no scale per channel."""
 
+OUTPUT = "the model's output"
+
 QUANTISED = ("quant", "NBits", "QLinear", "MatMulInteger", "ConvInteger")
 
 SPOKEN = {
@@ -143,6 +145,7 @@ class _Walk:
     ) -> None:
         self.kind = kind
         self.weights = weights
+        self.modulated = False
         self._outputs = {value: name for name, value in outputs.items()}
         self._removed = removed
         self.arrays: dict[Value, Array] = {}
@@ -168,7 +171,7 @@ class _Walk:
     def _carry(self, value: Value, array: Array) -> Stop | None:
         """Take a value in, and its readers."""
         if value in self._outputs:
-            return Stop(f"the model's output `{self._outputs[value]}`", direct=not self.arrays)
+            return Stop(f"{OUTPUT} `{self._outputs[value]}`", direct=not self.arrays)
         if value.shape is None:
             return Stop(f"`{value.name}`, whose shape is unknown")
         self.arrays[value] = narrowed(ranked(array, len(value.shape)))
@@ -385,10 +388,12 @@ def _product(walk: _Walk, term: Term) -> Array | str:
         return spoken(term)
     (place,) = places
     array = walk.arrays[term.inputs[place]]  # type: ignore[index]
-    if walk.kind is Kind.SCALE:
-        return array
     other = term.inputs[1 - place]
-    if isinstance(other, Value) and not other.constant:
+    by_activation = isinstance(other, Value) and not other.constant
+    if walk.kind is Kind.SCALE:
+        walk.modulated |= by_activation
+        return array
+    if by_activation:
         return f"the multiplication by another activation {_named(term)}"
     factor = walk.weights.value(term, 1 - place)
     return np.asarray(array * factor if term.op is Op.MUL else array / factor)
@@ -407,7 +412,7 @@ def _sum(walk: _Walk, term: Term) -> Array | Uptake | str:
         whole = len(arrays) == 2 and np.array_equal(arrays[0], arrays[1])
         if whole or (len(arrays) == 1 and (arrays[0] == 1).all()):
             return arrays[0]
-        return _added(term, arrays)
+        return _added(walk, term, arrays)
     signed = [
         -a if term.op is Op.SUB and p == 1 else a for p, a in zip(places, arrays, strict=True)
     ]
@@ -415,18 +420,19 @@ def _sum(walk: _Walk, term: Term) -> Array | Uptake | str:
         return np.asarray(signed[0] + signed[1])
     other = term.inputs[1 - places[0]]
     if isinstance(other, Value) and not other.constant:
-        return _added(term, arrays)
+        return _added(walk, term, arrays)
     takes = term.op is Op.ADD and isinstance(other, Value) and readers(other) == {term}
     return Uptake(term, places[0], signed[0]) if takes else signed[0]
 
 
-def _added(term: Term, arrays: Sequence[Array]) -> str:
+def _added(walk: _Walk, term: Term, arrays: Sequence[Array]) -> str:
     if len(arrays) == 2:
         return f"the sum {_named(term)} of parts that differ in it (as in a rotary embedding)"
     if any(not isinstance(v, Value) or v.constant for v in term.inputs):
         return f"the addition of a constant {_named(term)}"
-    shapes = {v.shape for v in term.operands}
-    kind = "residual add" if len(shapes) == 1 else "addition of another activation"
+    alike = len({v.shape for v in term.operands}) == 1
+    residual = alike and not walk.modulated
+    kind = "residual add" if residual else "addition of another activation"
     return f"the {kind} {_named(term)}"
 
 
@@ -516,9 +522,11 @@ def against_weight(uptake: Uptake, shape: Shape) -> Array | None:
     if any(size != 1 for size in factor.shape[:extra]):
         return None
     factor = factor.reshape(factor.shape[extra:])
-    fits = np.broadcast_shapes(factor.shape, tuple(size or 0 for size in shape))
     free = -2 if transposed or uptake.place == 1 else -1
-    return factor if fits == tuple(shape) and factor.shape[free] == 1 else None
+    if factor.shape[free] != 1:
+        return None
+    fits = np.broadcast_shapes(factor.shape, tuple(size or 0 for size in shape))
+    return factor if fits == tuple(shape) else None
 
 
 def _against_kernel(array: Array, shape: Shape, groups: int) -> Array | None:
@@ -658,13 +666,15 @@ def _told(stops: Mapping[Kind, Stop], value: Value) -> str:
         return "; ".join(f"{kind.value} {cannot(stop)}" for kind, stop in stops.items())
     if not gamma.direct:
         return f"γ and β {cannot(gamma)}"
-    also = "also " if len(value.consumers) > 1 else ""
-    output = gamma.cause.startswith("the model's output")
+    output = gamma.cause.startswith(OUTPUT)
+    also = "also " if len(value.consumers) + output > 1 else ""
     return f"it is {also}{gamma.cause}" if output else f"{also}read by {gamma.cause}"
 
 
 def cannot(stop: Stop) -> str:
     """What a sentence about what was stopped goes on with."""
+    if stop.cause.startswith(OUTPUT):
+        return f"reaches {stop.cause}"
     return f"cannot {'fold into' if stop.tied else 'pass'} {stop.cause}"
 
 

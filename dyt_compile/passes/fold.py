@@ -208,7 +208,7 @@ class _Folder:
             self._take(term, place, kind, self._changed(ahead, kind))
             return
         operand = term.inputs[place]
-        if isinstance(operand, Value) and any(leaf.parameter for leaf in leaves(operand)):
+        if isinstance(operand, Value) and any(map(_is_learned, leaves(operand))):
             reason = f"{back}, and in its readers it {cannot(ahead)}"
             self.left.append(Left(_name(operand), kind.name.lower(), reason))
 
@@ -310,6 +310,11 @@ class _Folder:
         weight = next(v for v in term.inputs[:2] if isinstance(v, Value) and v.constant)
         scope = _name(weight).rpartition(".")[0] or term.output.name
         return Stored(f"{scope}.bias", array, weight.dtype or "float32")
+
+
+def _is_learned(leaf: Value) -> bool:
+    """Whether a user would know it: exporters store literals of one element, too, without paths."""
+    return leaf.parameter and (leaf.scalar is None or "." in leaf.name)
 
 
 def _same_type(source: Value, output: Value) -> bool:
