@@ -8,7 +8,7 @@ is the same `Value` as their operand. What has no place in the vocabulary is `Op
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,9 +240,12 @@ def speak(
     scope: str,
     label: str,
     within: str = "",
-    also: Sequence[Value] = (),
+    reads: Iterable[Value] = (),
 ) -> list[Term]:
-    """The terms of a node, those of its parts first. known: the value of one of its operands."""
+    """The terms of a node, those of its parts first.
+
+    known: the value of one of its operands; reads: all values that the node reads.
+    """
     terms: list[Term] = []
 
     def operand(meant: Any) -> Value | float | None:
@@ -260,6 +263,8 @@ def speak(
         return part
 
     operands = [operand(x) for x in said.operands]
+    named = {*operands, *(value for part in terms for value in part.inputs)}
+    also = [value for value in reads if not value.constant and value not in named]
     terms.append(
         Term(
             said.op, operands, output, said.attributes,

@@ -40,6 +40,9 @@ Array = npt.NDArray[Any]
 NO_EFFECT = {"aten::_assert_tensor_metadata"}
 """Nodes that check what tracing saw, and compute nothing."""
 
+AS_OTHER = {"aten::type_as", "aten::view_as", "aten::expand_as", "aten::reshape_as"}
+"""Nodes that read the dtype or the shape of a second operand, where that may be known."""
+
 
 class FxGraph:
     """A torch model as a graph; see `graphs.base.Graph`.
@@ -63,8 +66,7 @@ class FxGraph:
         self._module = module
         self._weights = weights
         for node in list(module.graph.nodes):
-            if _schema_name(node) in NO_EFFECT:
-                module.graph.erase_node(node)
+            _simplify(module.graph, node)
         self._order = {node: place for place, node in enumerate(module.graph.nodes)}
         self._values: dict[torch.fx.Node, Value] = {}
         self.terms: list[Term] = []
@@ -257,6 +259,7 @@ class FxGraph:
         self.terms += speak(
             meant, value, self._known,
             index=self._order[node], scope=_scope(node), label=_label(node), within=within,
+            reads=[self._values[x] for x in node.all_input_nodes],
         )  # fmt: skip
 
     def _known(self, operand: Any) -> Value | float | None:
@@ -466,6 +469,23 @@ def _put(
     end.replace_all_uses_with(result)
     copies[site.output.native] = result  # a later site may read this one
     return call
+
+
+def _simplify(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """Drop a node without effect; let others read no more than they need."""
+    name = _schema_name(node)
+    if name in NO_EFFECT:
+        graph.erase_node(node)
+    elif name in AS_OTHER:
+        source = node.all_input_nodes[0]
+        before, after = source.meta.get("val"), node.meta.get("val")
+        if before is None or after is None:
+            return
+        if before.dtype != after.dtype:
+            node.target, node.args = torch.ops.aten.to.dtype, (source, after.dtype)
+        elif [*map(str, before.shape)] == [*map(str, after.shape)]:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 def _written(graph: torch.fx.Graph) -> set[str]:

@@ -214,7 +214,7 @@ class OnnxGraph:
             self.terms += speak(
                 meant, value, self._operand,
                 index=self._order[node], scope=_scope(node), label=node.op_type, within=within,
-                also=self._also(node, meant),
+                reads=[self._values[x] for x in node.inputs if x is not None],
             )  # fmt: skip
 
     def _operand(self, operand: Any) -> Value | float | None:
@@ -225,18 +225,6 @@ class OnnxGraph:
         computed = not value.constant and value.shape in (None, (), (1,))
         number = scalar(operand) if computed else None
         return value if number is None else number
-
-    def _also(self, node: ir.Node, said: Said) -> list[Value]:
-        """What a node reads and its term does not, constants left out."""
-        pending, named = list(said.operands), set()
-        while pending:
-            operand = pending.pop()
-            if isinstance(operand, Said):
-                pending.extend(operand.operands)
-            else:
-                named.add(self._operand(operand))
-        others = (self._values[value] for value in node.inputs if value is not None)
-        return [value for value in others if not value.constant and value not in named]
 
 
 class OnnxSegment:

@@ -60,8 +60,11 @@ ACROSS_CHANNELS = "its gamma or beta varies along another axis than it normalize
 
 OTHER_SHAPE = Miss("its gamma or beta has another shape than one value a channel", near=False)
 
-BEHIND = {Op.MUL, Op.DIV, Op.ADD, Op.SUB, Op.CAST}
+BEHIND = {Op.MUL, Op.DIV, Op.ADD, Op.SUB, Op.CAST, Op.RESHAPE}
 """What may follow the scaling and still belong to the norm."""
+
+BETWEEN = {Op.CAST, Op.RESHAPE}
+"""Those of them that may stand between the norm and its gamma or beta."""
 
 ENDS = 8
 """Terms behind the scaling that are tried: casts, a literal, gamma, beta and their sums."""
@@ -143,10 +146,10 @@ def _furthest(
         if end is None or (best is not None and _takes_more(end)):
             break
         if end.output.native is not None:  # a part of a node cannot be replaced
-            proved = _prove(end, prover, misses)
+            proved = None if end.op is Op.RESHAPE else _prove(end, prover, misses)
             if proved is not None and _worth_its_casts(end, proved, best):
                 best = proved
-            elif proved is None and best is not None and end.op is not Op.CAST:
+            elif proved is None and best is not None and end.op not in BETWEEN:
                 break
         end = _only_consumer(end.output, outputs)
         if end is not None and end.op not in BEHIND:
@@ -160,7 +163,7 @@ def _furthest(
 def _takes_more(end: Term) -> bool:
     """Whether a term behind the norm combines it with another value. Before anything is proved
     it may take a norm's own parts together: x * f + (beta - mean * f)."""
-    return end.op is not Op.CAST and sum(not v.constant for v in end.operands) > 1
+    return end.op not in BETWEEN and sum(not v.constant for v in end.operands) > 1
 
 
 def _worth_its_casts(
@@ -444,8 +447,16 @@ def _before_casts(value: Value) -> Value:
         operand = value.producer.operands[0]
         if not (operand.dtype or "").startswith(("float", "bfloat")):
             break
+        if _bits(operand) > _bits(value):
+            break  # it narrows: the end of what comes before
         value = operand
     return value
+
+
+def _bits(value: Value) -> int:
+    """Bits of a floating-point dtype by its name."""
+    digits = (value.dtype or "").lstrip("abcdefghijklmnopqrstuvwxyz").partition("_")[0]
+    return int(digits or 32)
 
 
 def _channels(x: Value, parameter: Value | None, axes: tuple[int, ...]) -> int | None:
