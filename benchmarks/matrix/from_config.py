@@ -48,10 +48,12 @@ def token_inputs(
 ) -> Inputs:
     """Random tokens under each of the given names, and the mask that a tokenizer gives beside them.
 
-    Without the mask a decoder looks for packed sequences, in operators that the exporters lack.
+    Without the mask a decoder looks for packed sequences, in operators that the exporters lack. A
+    meta tensor has no values, so that a model cannot ask whether it masks anything: none there.
     """
     kwargs = {
         name: tokens(model, samples, seed + place, length) for place, name in enumerate(names)
     }
-    mask = torch.ones(samples, length, dtype=torch.int64, device=model.device)
-    return Inputs(kwargs={**kwargs, "attention_mask": mask})
+    if model.device.type != "meta":
+        kwargs["attention_mask"] = torch.ones(samples, length, dtype=torch.int64)
+    return Inputs(kwargs=kwargs)
