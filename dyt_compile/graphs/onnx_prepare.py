@@ -65,7 +65,7 @@ def _correct_constants(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         tensor = stored(node.outputs[0]) if node.op_type == "Constant" else None
         if tensor is not None:
-            node.outputs[0].shape = ir.Shape(tensor.shape)
+            node.outputs[0].shape = ir.Shape(tensor.shape.numpy())
             node.outputs[0].type = ir.TensorType(tensor.dtype)
 
 

@@ -428,7 +428,7 @@ def _fused(reason: str) -> Saying:
     return lambda node: Said(Op.FUSED_NORM, tuple(filter(None, node.inputs)), {"reason": reason})
 
 
-def _attention(node: ir.Node) -> Said | None:
+def _attention(node: ir.Node) -> Said | Alias | None:
     """Attention that normalizes its queries and keys itself."""
     normalizes = any(value is not None for value in node.inputs[14:16])
     return _fused(IN_ATTENTION)(node) if normalizes else None
