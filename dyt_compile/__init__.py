@@ -9,6 +9,7 @@ __all__ = [
     "Calibration",
     "Conversion",
     "DytCompileError",
+    "Folded",
     "InductorPass",
     "Match",
     "NormKind",
@@ -19,6 +20,7 @@ __all__ = [
     "backend",
     "convert",
     "export_onnx",
+    "fold",
     "inspect",
 ]
 
@@ -27,9 +29,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .backends import InductorPass, backend
     from .calibration import Calibration
-    from .compiler import Conversion, convert, inspect
+    from .compiler import Conversion, convert, fold, inspect
     from .errors import DytCompileError
     from .exporters.onnx import export_onnx
+    from .passes.fold import Folded
     from .report import Report
     from .sites import Match, NormKind, NormSite, Refusal
 
@@ -37,6 +40,7 @@ _HOMES = {
     "Calibration": "calibration",
     "Conversion": "compiler",
     "DytCompileError": "errors",
+    "Folded": "passes.fold",
     "InductorPass": "backends",
     "Match": "sites",
     "NormKind": "sites",
@@ -46,6 +50,7 @@ _HOMES = {
     "backend": "backends",
     "convert": "compiler",
     "export_onnx": "exporters.onnx",
+    "fold": "compiler",
     "inspect": "compiler",
 }
 

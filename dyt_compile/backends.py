@@ -28,8 +28,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .calibration import Calibration, SiteSketch, digest, near, sketch
 from .dyt import FORMS, DytParameters, Form
 from .errors import CalibrationError, CaptureError, OptionError, RewriteError, first_line
-from .graphs.dynamo import Anchor, Frame, Replacement
-from .graphs.fx_regions import CHECKPOINTS
+from .graphs.dynamo import Anchor, Frame, Replacement, opened
+from .graphs.fx_regions import CHECKPOINTS, lay_open
 from .nn import parameter
 from .passes.match import match
 from .sites import Match, NormKind, NormSite
@@ -108,6 +108,7 @@ class InductorPass(CustomGraphPass):
         module = graph.owning_module
         if module is None:
             raise RewriteError("the graph belongs to no module that could hold the values of DyT")
+        lay_open(module, opened())
         frame = Frame(module)
         sites = match(frame.graph).sites
         lossy = [site for site in sites if not site.kind.lossless]
@@ -345,9 +346,9 @@ class _Known:
         for operator, nested in frame.nested:
             where = "a checkpoint, which training needs" if operator in CHECKPOINTS else operator
             inside = match(nested.graph)
-            for site in (*inside.sites, *inside.refusals):
-                if not site.kind.lossless:
-                    logger.log(level, "%s keeps its norm: it stands inside %s", site.name, where)
+            lossy = [site.name for site in inside.sites if not site.kind.lossless]
+            for name in (*lossy, *(refusal.name for refusal in inside.refusals)):
+                logger.log(level, "%s keeps its norm: it stands inside %s", name, where)
 
     def choose(
         self,

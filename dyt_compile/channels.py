@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,15 +22,22 @@ from .sites import NormSite
 from .terms import SHAPE_READERS, Op, Term, Value
 
 __all__ = [
+    "Array",
     "Kind",
     "Stop",
     "Uptake",
     "Weights",
     "against_weight",
+    "cannot",
     "carried",
+    "is_quantised",
     "leaves",
+    "narrowed",
     "product",
+    "ranked",
     "readers",
+    "spoken",
+    "takes_value",
     "viewed",
     "with_folds",
 ]
@@ -40,6 +47,8 @@ Shape = Sequence["int | None"]
 
 LARGEST = 1 << 22
 """Elements of a carried array; a scale that differs at more places is no scale per channel."""
+
+OUTPUT = "the model's output"
 
 QUANTISED = ("quant", "NBits", "QLinear", "MatMulInteger", "ConvInteger")
 
@@ -113,7 +122,7 @@ def carried(
     kind: Kind,
     outputs: Mapping[str, Value],
     weights: Weights | None = None,
-    removed: frozenset[Term] | set[Term] = frozenset(),
+    removed: Container[Term] = frozenset(),
 ) -> tuple[Uptake, ...] | Stop:
     """Every term that takes up what `value` is multiplied by or added to, or what stops it.
 
@@ -132,10 +141,11 @@ class _Walk:
         kind: Kind,
         outputs: Mapping[str, Value],
         weights: Weights,
-        removed: frozenset[Term] | set[Term],
+        removed: Container[Term],
     ) -> None:
         self.kind = kind
         self.weights = weights
+        self.modulated = False
         self._outputs = {value: name for name, value in outputs.items()}
         self._removed = removed
         self.arrays: dict[Value, Array] = {}
@@ -161,12 +171,12 @@ class _Walk:
     def _carry(self, value: Value, array: Array) -> Stop | None:
         """Take a value in, and its readers."""
         if value in self._outputs:
-            return Stop(f"the model's output `{self._outputs[value]}`", direct=not self.arrays)
+            return Stop(f"{OUTPUT} `{self._outputs[value]}`", direct=not self.arrays)
         if value.shape is None:
             return Stop(f"`{value.name}`, whose shape is unknown")
-        self.arrays[value] = _narrow(_ranked(array, len(value.shape)))
+        self.arrays[value] = narrowed(ranked(array, len(value.shape)))
         for term in value.consumers:
-            if term not in self._seen and not _reads_shape(term):
+            if term not in self._seen and takes_value(term):
                 self._seen.add(term)
                 heapq.heappush(self._pending, (term.index, len(self._seen), term))
         return None
@@ -177,15 +187,16 @@ class _Walk:
         if term.within:
             return f"{_named(term)} inside {term.within}"
         rule = _RULES.get(term.op)
-        return _reader(term) if rule is None else rule(self, term)
+        return spoken(term) if rule is None else rule(self, term)
 
 
 Rule = Callable[[_Walk, Term], "Array | Uptake | str"]
 
 
-def _reads_shape(term: Term) -> bool:
-    """Whether a term takes nothing from the values of its operands."""
-    return term.label in SHAPE_READERS or (term.op is Op.PARTS and not term.output.consumers)
+def takes_value(term: Term) -> bool:
+    """Whether a term reads more than the shape of its operands, and does so itself."""
+    parts = term.op is Op.PARTS and not term.output.consumers
+    return not parts and term.label not in SHAPE_READERS
 
 
 # Moving along: what reshaping does to a value, it does to what is carried.
@@ -205,7 +216,7 @@ def _moving(move: Callable[[Array, Term], Array | None]) -> Rule:
     def rule(walk: _Walk, term: Term) -> Array | str:
         array = _source(walk, term)
         moved = None if array is None or term.output.shape is None else move(array, term)
-        return _reader(term) if moved is None else moved
+        return spoken(term) if moved is None else moved
 
     return rule
 
@@ -326,7 +337,7 @@ def _same_along(array: Array, term: Term) -> Array | None:
 def _padded(walk: _Walk, term: Term) -> Array | str:
     array = _source(walk, term)
     if array is None or _same_along(array, term) is None:
-        return _reader(term)
+        return spoken(term)
     if walk.kind is Kind.SHIFT and term.attributes["axes"]:
         return f"the zero padding of {_named(term)}"
     return array
@@ -362,7 +373,7 @@ def _concatenated(walk: _Walk, term: Term) -> Array | str:
         pieces.append(np.moveaxis(np.broadcast_to(part, shape), axis, 0))
     others = np.broadcast_shapes(*(piece.shape[1:] for piece in pieces))
     if math.prod(others) * sum(len(piece) for piece in pieces) > LARGEST:
-        return _reader(term)
+        return spoken(term)
     full = [np.broadcast_to(piece, (len(piece), *others)) for piece in pieces]
     return np.moveaxis(np.concatenate(full), 0, axis)
 
@@ -374,13 +385,15 @@ def _product(walk: _Walk, term: Term) -> Array | str:
     """x * c and x / c; a factor passes whatever c is, a summand becomes a multiple of it."""
     places = [place for place, v in enumerate(term.inputs) if v in walk.arrays]
     if len(places) != 1 or (term.op is Op.DIV and places != [0]):
-        return _reader(term)
+        return spoken(term)
     (place,) = places
     array = walk.arrays[term.inputs[place]]  # type: ignore[index]
-    if walk.kind is Kind.SCALE:
-        return array
     other = term.inputs[1 - place]
-    if isinstance(other, Value) and not other.constant:
+    by_activation = isinstance(other, Value) and not other.constant
+    if walk.kind is Kind.SCALE:
+        walk.modulated |= by_activation
+        return array
+    if by_activation:
         return f"the multiplication by another activation {_named(term)}"
     factor = walk.weights.value(term, 1 - place)
     return np.asarray(array * factor if term.op is Op.MUL else array / factor)
@@ -399,7 +412,7 @@ def _sum(walk: _Walk, term: Term) -> Array | Uptake | str:
         whole = len(arrays) == 2 and np.array_equal(arrays[0], arrays[1])
         if whole or (len(arrays) == 1 and (arrays[0] == 1).all()):
             return arrays[0]
-        return _added(term, arrays)
+        return _added(walk, term, arrays)
     signed = [
         -a if term.op is Op.SUB and p == 1 else a for p, a in zip(places, arrays, strict=True)
     ]
@@ -407,18 +420,19 @@ def _sum(walk: _Walk, term: Term) -> Array | Uptake | str:
         return np.asarray(signed[0] + signed[1])
     other = term.inputs[1 - places[0]]
     if isinstance(other, Value) and not other.constant:
-        return _added(term, arrays)
+        return _added(walk, term, arrays)
     takes = term.op is Op.ADD and isinstance(other, Value) and readers(other) == {term}
     return Uptake(term, places[0], signed[0]) if takes else signed[0]
 
 
-def _added(term: Term, arrays: Sequence[Array]) -> str:
+def _added(walk: _Walk, term: Term, arrays: Sequence[Array]) -> str:
     if len(arrays) == 2:
         return f"the sum {_named(term)} of parts that differ in it (as in a rotary embedding)"
     if any(not isinstance(v, Value) or v.constant for v in term.inputs):
         return f"the addition of a constant {_named(term)}"
-    shapes = {v.shape for v in term.operands}
-    kind = "residual add" if len(shapes) == 1 else "addition of another activation"
+    alike = len({v.shape for v in term.operands}) == 1
+    residual = alike and not walk.modulated
+    kind = "residual add" if residual else "addition of another activation"
     return f"the {kind} {_named(term)}"
 
 
@@ -445,7 +459,7 @@ def _convolution(walk: _Walk, term: Term) -> Array | Uptake | str:
 def _taken(walk: _Walk, uptake: Uptake) -> Array | Uptake | str:
     term = uptake.term
     weight, bias = term.inputs[1 - uptake.place], term.inputs[2]
-    if not isinstance(weight, Value) or _quantised(weight):
+    if not isinstance(weight, Value) or is_quantised(weight):
         return f"the quantised weight of {_named(term)}"
     if weight.shape is None or against_weight(uptake, weight.shape) is None:
         return f"{_named(term)}, whose weight does not tell its channels apart"
@@ -508,9 +522,11 @@ def against_weight(uptake: Uptake, shape: Shape) -> Array | None:
     if any(size != 1 for size in factor.shape[:extra]):
         return None
     factor = factor.reshape(factor.shape[extra:])
-    fits = np.broadcast_shapes(factor.shape, tuple(size or 0 for size in shape))
     free = -2 if transposed or uptake.place == 1 else -1
-    return factor if fits == tuple(shape) and factor.shape[free] == 1 else None
+    if factor.shape[free] != 1:
+        return None
+    fits = np.broadcast_shapes(factor.shape, tuple(size or 0 for size in shape))
+    return factor if fits == tuple(shape) else None
 
 
 def _against_kernel(array: Array, shape: Shape, groups: int) -> Array | None:
@@ -597,7 +613,8 @@ def _tied(uptakes: Sequence[Uptake]) -> Stop | None:
     return None
 
 
-def _quantised(weight: Value) -> bool:
+def is_quantised(weight: Value) -> bool:
+    """Whether a constant is computed from quantised numbers."""
     pending = [weight]
     while pending:
         term = pending.pop().producer
@@ -615,7 +632,7 @@ def _named(term: Term) -> str:
     return f"`{term.output.name}`"
 
 
-def _reader(term: Term) -> str:
+def spoken(term: Term) -> str:
     """What a term is, in a user's words, and its name in the graph."""
     if term.op in NORMS:
         return f"the {NORMS[term.op]} {_named(term)}"
@@ -646,19 +663,22 @@ def _told(stops: Mapping[Kind, Stop], value: Value) -> str:
     """Why not, in one sentence; what stops both is said once."""
     gamma, beta = stops.get(Kind.SCALE), stops.get(Kind.SHIFT)
     if gamma is None or gamma != beta:
-        return "; ".join(f"{kind.value} {_cannot(stop)}" for kind, stop in stops.items())
+        return "; ".join(f"{kind.value} {cannot(stop)}" for kind, stop in stops.items())
     if not gamma.direct:
-        return f"γ and β {_cannot(gamma)}"
-    also = "also " if len(value.consumers) > 1 else ""
-    output = gamma.cause.startswith("the model's output")
+        return f"γ and β {cannot(gamma)}"
+    output = gamma.cause.startswith(OUTPUT)
+    also = "also " if len(value.consumers) + output > 1 else ""
     return f"it is {also}{gamma.cause}" if output else f"{also}read by {gamma.cause}"
 
 
-def _cannot(stop: Stop) -> str:
+def cannot(stop: Stop) -> str:
+    """What a sentence about what was stopped goes on with."""
+    if stop.cause.startswith(OUTPUT):
+        return f"reaches {stop.cause}"
     return f"cannot {'fold into' if stop.tied else 'pass'} {stop.cause}"
 
 
-def _ranked(array: Array, rank: int) -> Array:
+def ranked(array: Array, rank: int) -> Array:
     """The array with as many axes as its value has."""
     extra = array.ndim - rank
     if extra > 0:
@@ -666,7 +686,7 @@ def _ranked(array: Array, rank: int) -> Array:
     return array.reshape((1,) * -extra + array.shape)
 
 
-def _narrow(array: Array) -> Array:
+def narrowed(array: Array) -> Array:
     """The array with length 1 along every axis on which it does not differ."""
     for axis, size in enumerate(array.shape):
         if size > 1:

@@ -18,6 +18,8 @@ from .errors import BudgetError, DataError, OptionError
 from .graphs.base import Batch, Graph
 from .metrics import Measurement, check_metric
 from .passes.capture import capture
+from .passes.fold import Folded
+from .passes.fold import fold as fold_graph
 from .passes.match import match
 from .passes.plan import Plan
 from .passes.rewrite import rewrite
@@ -28,7 +30,7 @@ from .shelf import Shelf
 from .sites import Match
 from .trials import Trials
 
-__all__ = ["Conversion", "compare", "convert", "inspect"]
+__all__ = ["Conversion", "compare", "convert", "fold", "inspect"]
 
 MODES = ("exact", "budget", "all")
 
@@ -39,7 +41,8 @@ class Conversion:
 
     model: an `nn.Module`, called like the original, or an `onnx_ir.Model`; graph: the same, as
     passes and exporters see it; original: the graph that it was made from; calibration: None in
-    mode "exact"; probe: a batch on which an exporter checks what it wrote.
+    mode "exact"; probe: a batch on which an exporter checks what it wrote; folded: what went into
+    the weights, None where nothing was folded.
     """
 
     graph: Graph = field(repr=False)
@@ -48,6 +51,7 @@ class Conversion:
     calibration: Calibration | None = field(repr=False)
     report: Report
     probe: Batch | None = field(default=None, repr=False)
+    folded: Folded | None = field(default=None, repr=False)
 
     @property
     def model(self) -> Any:
@@ -71,6 +75,28 @@ def inspect(
     return match(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes))
 
 
+def fold(
+    model: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Folded:
+    """The same function with fewer operators: constants folded into the weights beside them.
+
+    Gamma and beta of DyT, scalars of SkipInit and Fixup, LayerScale, and weights that are computed
+    from parameters on every call (sigma-Reparam, weight norm) become plain weights. Norms stay as
+    they are. The result's `model` shares all weights that do not change; the model itself stays as
+    it is.
+
+    model, args, kwargs: as for `inspect`. Raises CaptureError or OptionError, and RewriteError
+    where weights are not loaded.
+    """
+    graph = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    whole_dyt = rewrite(graph, match(graph), None, ())
+    return fold_graph(whole_dyt, match(whole_dyt))
+
+
 def convert(
     model: Any,
     batches: Iterable[Any] | None = None,
@@ -84,6 +110,7 @@ def convert(
     exclude: str | Sequence[str] = (),
     seed: int = 0,
     provider: str = "cpu",
+    fold: bool = False,
 ) -> Conversion:
     """Replace the norms of a model by Dynamic Tanh.
 
@@ -97,7 +124,7 @@ def convert(
     floating-point one) within `budget`, in `metric`: "relative", "cosine", "kl" (nats a position)
     or "top1"; "all" converts every norm and reports what that cost. Default: "budget" with
     batches, "exact" without. Sites whose name matches a regular expression of `exclude` (one, or
-    several) keep their norm.
+    several) keep their norm. fold: exact algebra afterwards, as in `fold`.
 
     The model itself stays as it is. The result's `model` has parameters of its own where a norm
     was replaced, and shares all other weights with the original: to change one and keep the other
@@ -126,7 +153,8 @@ def convert(
         with clock("rewrite"):
             rewritten = rewrite(graph, found, None, ())
         report = assemble(found, mode, metric, output, seconds=clock.seconds)
-        return Conversion(rewritten, graph, found, None, report, _probe(graph, args, kwargs))
+        probe = _probe(graph, args, kwargs)
+        return _concluded(Conversion(rewritten, graph, found, None, report, probe), fold)
     with Shelf(graph) as shelf:
         trials = Trials(graph, found, split(graph, batches, seed), shelf, output, metric, seed)
         candidates = _candidates(found, exclude)
@@ -161,7 +189,16 @@ def convert(
     )
     chosen = planned.chosen
     kept = trials.isolated if chosen is None else chosen.calibration
-    return Conversion(rewritten, graph, found, kept, report, _probe(graph, args, kwargs))
+    probe = _probe(graph, args, kwargs)
+    return _concluded(Conversion(rewritten, graph, found, kept, report, probe), fold)
+
+
+def _concluded(result: Conversion, fold: bool) -> Conversion:
+    """The conversion with its graph folded, if that is wanted."""
+    if not fold:
+        return result
+    folded = fold_graph(result.graph, match(result.graph))
+    return replace(result, graph=folded.graph, folded=folded)
 
 
 def compare(

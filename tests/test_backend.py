@@ -20,7 +20,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import dyt_compile
 from dyt_compile.calibration import Calibration, digest
-from dyt_compile.errors import CalibrationError, OptionError, RewriteError
+from dyt_compile.errors import CalibrationError, CaptureError, OptionError, RewriteError
 from dyt_compile.passes.rewrite import rewrite
 
 pytestmark = pytest.mark.core
@@ -472,17 +472,314 @@ class Checkpointed(nn.Module):
         return self.blocks[1](x)
 
 
-def test_norm_within_a_higher_order_operator_is_left_alone() -> None:
+def test_checkpoint_is_converted_without_gradients_and_stays_with_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, x = Checkpointed(), _inputs()
-    plain = nn.Sequential(*model.blocks)
-    result = _converted(plain)
+    result = _converted(nn.Sequential(*model.blocks))
     _, expected = _only(result, "1.norm1", "1.norm2")
     inner = Counting()
     made = dyt_compile.backend(calibration=_calibration(result), inner=inner)
     compiled = torch.compile(model, backend=made)
+    with torch.no_grad():
+        assert _close(compiled(x), result.model(x))
+    assert _warnings(caplog) == []
     x.requires_grad_()
     assert _close(compiled(x), expected(x))
-    assert sum("dyt.DyT" in label for label in inner.labels()) == 2
+    assert [sum("dyt.DyT" in label for label in inner.labels(n)) for n in range(2)] == [4, 2]
+    assert "checkpoint" in "".join(inner.labels(1))
+    assert _warnings(caplog) == [
+        f"blocks.0.norm{n} keeps its norm: it stands inside a checkpoint, which training needs"
+        for n in (1, 2)
+    ]
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, self.norm, lambda x: x.clone(), (x,))
+
+
+def test_norm_in_a_branch_is_left_alone_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Branching().eval(), _inputs()
+    calibration = _calibration(_converted(nn.Sequential(model.norm)))
+    made = dyt_compile.backend(calibration=calibration, inner="eager")
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=made, fullgraph=True)
+        for y in (x - x.mean() + 1, x - x.mean() - 1):
+            assert torch.equal(compiled(y), model(y))
+    assert _warnings(caplog) == ["norm keeps its norm: it stands inside cond"]
+
+
+@torch.compiler.nested_compile_region
+def _region(block: nn.Module, x: Tensor) -> Tensor:
+    return block(x)
+
+
+class Marked(Model):
+    """Its blocks are regions that torch.compile traces once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = _region(block, x)
+        return self.norm(x)
+
+
+def test_marked_regions_take_the_values_of_their_blocks() -> None:
+    model, x = Marked().eval(), _inputs()
+    result = _converted(model)
+    calibration, expected = _only(result, *(n for n in result.calibration.fits if n != "norm"))
+    made = dyt_compile.backend(calibration=calibration, inner="aot_eager")
+    compiled = torch.compile(model, backend=made, fullgraph=True)
+    with torch.no_grad():
+        assert _close(compiled(x), expected(x))
+
+
+class Modulated(nn.Module):
+    """As in DiT: a norm without affine part, scaled by what a condition gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.mixer = nn.Linear(WIDTH, WIDTH)
+        self.modulation = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.modulation(x.mean(1, keepdim=True)).chunk(2, -1)
+        return x + self.mixer(3 * self.norm1(x) * (1 + scale) + shift)
+
+
+class Diffusion(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Modulated() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class BrokenUp(Diffusion):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+def _by_blocks(model: Diffusion, made: Callable[..., Any]) -> Callable[..., Tensor]:
+    for block in model.blocks:
+        block.compile(backend=made, fullgraph=True)
+    return model
+
+
+def _by_breaks(model: Diffusion, made: Callable[..., Any]) -> Callable[..., Tensor]:
+    broken = BrokenUp().eval()
+    broken.blocks = model.blocks
+    return torch.compile(broken, backend=made)
+
+
+def _by_a_function(model: Diffusion, made: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Two blocks a call, so that a frame has two roots."""
+    pair = torch.compile(lambda f, g, x: g(f(x)), backend=made, fullgraph=True)
+    first, second, third, fourth = model.blocks
+    return lambda x: pair(third, fourth, pair(first, second, x))
+
+
+@pytest.mark.parametrize("compile_", [_by_blocks, _by_breaks, _by_a_function])
+def test_norms_without_affine_are_known_by_the_parameters_beside_them(
+    compile_: Callable[..., Callable[..., Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Diffusion().eval(), _inputs()
+    result = _converted(model)
+    fits = _calibration(result).fits
+    assert len({fits[f"blocks.{n}.norm1"].parameters.alpha.item() for n in range(4)}) == 4
+    calibration, expected = _only(result, "blocks.0.norm1", "blocks.2.norm1", "blocks.3.norm1")
+    for seen in (model, None):
+        torch._dynamo.reset()
+        twin = copy.deepcopy(model)
+        made = dyt_compile.backend(
+            calibration=calibration, inner="eager", model=None if seen is None else twin
+        )
+        with torch.no_grad():
+            truth = model if seen is None else expected
+            assert _close(compile_(twin, made)(x), truth(x))
+        assert any("pass the model" in told for told in _warnings(caplog)) is (seen is None)
+
+
+def test_blocks_that_share_everything_keep_their_norms(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Diffusion().eval(), _inputs()
+    for block in model.blocks[1:]:
+        block.mixer, block.modulation = model.blocks[0].mixer, model.blocks[0].modulation
+    result = _converted(model)
+    made = dyt_compile.backend(calibration=_calibration(result), inner="eager", model=model)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(_by_blocks(model, made)(x), expected)
+    assert any("no gamma to be known by" in told for told in _warnings(caplog))
+
+
+def test_gamma_shared_by_blocks_is_told_apart_by_the_model() -> None:
+    model, x = Model().eval(), _inputs()
+    for block in model.blocks[1:]:
+        block.norm1.weight = model.blocks[0].norm1.weight
+    result = _converted(model)
+    _, expected = _only(result, *(n for n in result.calibration.fits if n != "norm"))
+    twin = copy.deepcopy(model)
+    made = dyt_compile.backend(calibration=_calibration(result), inner="eager", model=twin)
+    for block in twin.blocks:
+        block.compile(backend=made)
+    with torch.no_grad():
+        assert _close(twin(x), expected(x))
+        # its parameters are replaced: found again, under the same paths
+        state = {name: value.clone() for name, value in twin.state_dict().items()}
+        twin.load_state_dict(state, assign=True)
+        for block in twin.blocks[1:]:
+            block.norm1.weight = twin.blocks[0].norm1.weight
+        assert _close(twin(x), expected(x))
+
+
+def test_gamma_that_is_written_to_is_looked_up_anew(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Model().eval(), _inputs()
+    result = _converted(model)
+    trained = copy.deepcopy(model.state_dict())
+    twin = Model().eval()  # of other weights, until those of the calibration are loaded
+    made = dyt_compile.backend(calibration=_calibration(result), inner="eager")
+    compiled = torch.compile(twin, backend=made)
+    with torch.no_grad():
+        assert _close(compiled(x), twin(x))
+        assert len(_warnings(caplog)) == 7
+        twin.load_state_dict(trained)
+        assert _close(compiled(x), result.model(x))
+        for block in twin.blocks:
+            block.norm1.weight.mul_(1.5)
+        told = len(_warnings(caplog))
+        _, expected = _only(result, *(f"blocks.{n}.norm2" for n in range(3)))
+        for place, block in enumerate(twin.blocks):
+            getattr(expected.blocks, str(place)).norm1.weight.copy_(block.norm1.weight)
+        assert _close(compiled(x), expected(x))
+        assert len(_warnings(caplog)) == told + 4  # three gammas, and the norm without one
+        compiled(x)
+        assert len(_warnings(caplog)) == told + 4
+
+
+def test_kept_norms_train_and_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Model(), _inputs()
+    calibration, _ = _only(_converted(model), "blocks.0.norm1")
+    made = dyt_compile.backend(calibration=calibration, inner="aot_eager")
+    compiled = torch.compile(model, backend=made)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = model.blocks[1].norm1.weight.detach().clone()
+    for _ in range(3):
+        compiled(x)[..., 0].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model.blocks[1].norm1.weight, before)
+    names = [told.partition(" keeps")[0] for told in _warnings(caplog)]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_copy_of_a_compiled_model_is_converted_too() -> None:
+    model, x = Model().eval(), _inputs()
+    result = _converted(model)
+    made = dyt_compile.backend(calibration=_calibration(result), inner="eager")
+    compiled = torch.compile(model, backend=made)
+    with torch.no_grad():
+        assert _close(compiled(x), result.model(x))
+        assert _close(copy.deepcopy(compiled)(x), result.model(x))
+
+
+def test_model_that_is_cast_after_compilation_stays_converted() -> None:
+    model, x = Model().eval(), _inputs()
+    result = _converted(model)
+    twin = copy.deepcopy(model)
+    made = dyt_compile.backend(calibration=_calibration(result), inner="eager")
+    compiled = torch.compile(twin, backend=made)
+    with torch.no_grad():
+        compiled(x)
+        twin.double()
+        y = compiled(x.double())
+    assert y.dtype is torch.float64
+    assert _close(y.float(), result.model(x))
+
+
+def test_functional_call_is_known_by_parameters_and_refused_for_plain_tensors(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from torch.func import functional_call
+
+    model, x = Model().eval(), _inputs()
+    result = _converted(model)
+    made = dyt_compile.backend(calibration=_calibration(result), inner="eager")
+    parameters = {n: nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
+    plain = {name: held.detach() for name, held in parameters.items()}
+
+    def run(held: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, held, (x,))
+
+    compiled = torch.compile(run, backend=made, fullgraph=True)
+    _, expected = _only(result, *(n for n in result.calibration.fits if n != "norm"))
+    with torch.no_grad():
+        y = compiled(parameters, x)
+        assert _close(y, result.model(x)) or _close(y, expected(x))
+        caplog.clear()
+        assert _close(compiled(plain, x), model(x))
+    assert any("blocks.0.norm1 keeps its norm: its gamma" in told for told in _warnings(caplog))
+
+
+class Mapped(nn.Module):
+    """A norm beside a vmap, as where attention masks are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.vmap(lambda row: row.abs() > 0.5)(x)
+        return self.norm(x).masked_fill(mask, 0.0)
+
+
+def test_vmap_beside_a_norm_is_passed_over() -> None:
+    model, x = Mapped().eval(), _inputs()
+    result = _converted(model)
+    made = dyt_compile.backend(calibration=_calibration(result), inner="aot_eager")
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=made, fullgraph=True)
+        assert _close(compiled(x), result.model(x))
+
+
+def test_autocast_around_and_inside_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Model().eval(), _inputs()
+    result = _converted(model)
+    made = dyt_compile.backend(calibration=_calibration(result), inner="aot_eager")
+    compiled = torch.compile(model, backend=made, fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y, expected = compiled(x), result.model(x)
+    assert (y - expected).norm() < 0.02 * expected.norm()
+    assert _warnings(caplog) == []
+
+
+def test_frame_that_cannot_be_traced_is_compiled_as_it_is(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Model().eval(), _inputs()
+    result = _converted(model)
+
+    def fail(module: torch.fx.GraphModule) -> None:
+        raise CaptureError("Dynamo's graph cannot be traced to aten: sorry")
+
+    monkeypatch.setattr("dyt_compile.backends.Frame", fail)
+    made = dyt_compile.backend(calibration=_calibration(result), inner="eager")
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend=made)(x), model(x))
+    (told,) = _warnings(caplog)
+    assert told.endswith("cannot be traced to aten: sorry")
 
 
 def test_values_come_from_a_file_by_the_registered_name(tmp_path: Path) -> None:
@@ -524,9 +821,31 @@ def test_wrong_option_is_told_in_one_line(
             dyt_compile.backend(**options)
 
 
-def test_mode_is_refused() -> None:
-    with pytest.raises(BackendCompilerFailed, match="mode is 'max-autotune'"):
-        torch.compile(Model(), backend="dyt", mode="max-autotune")(_inputs())
+def test_mode_and_options_reach_the_inner_backend() -> None:
+    given: list[dict[str, Any]] = []
+
+    def inner(module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        given.append(options)
+        return module.forward
+
+    made = dyt_compile.backend(inner=inner)
+    torch.compile(Native(), backend=made, mode="max-autotune")(_inputs())
+    torch.compile(Native(), backend=made, options={"max_autotune": True})(_inputs())
+    assert given == [{"mode": "max-autotune"}, {"options": {"max_autotune": True}}]
+    with pytest.raises(BackendCompilerFailed, match="mode is 'fastest'"):
+        torch.compile(Model(), backend="dyt", mode="fastest")(_inputs())
+
+
+def test_inductor_takes_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def compile_fx(module: Any, inputs: Any, config_patches: dict[str, Any]) -> Any:
+        seen.append(config_patches)
+        return module.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    torch.compile(Native(), backend="dyt", mode="max-autotune-no-cudagraphs")(_inputs())
+    assert seen[0]["max_autotune"] is True
 
 
 def test_summary_counts_sites(caplog: pytest.LogCaptureFixture) -> None:
@@ -648,3 +967,20 @@ def test_recompilation_finds_the_cache() -> None:
                 counters["inductor"]["fxgraph_cache_hit"]
                 + counters["aot_autograd"]["autograd_cache_hit"]
             )
+
+
+@pytest.mark.slow
+def test_inductor_pass_works_in_aot_inductor(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)).eval(), _inputs()
+    result = _converted(model)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    change = dyt_compile.InductorPass(_calibration(result))
+    with torch._inductor.config.patch(pre_grad_custom_pass=change):
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+    compiled = torch._inductor.aoti_load_package(package)
+    with torch.no_grad():
+        for rows in (4, 7):
+            x = _inputs(rows)
+            assert _close(compiled(x), result.model(x))

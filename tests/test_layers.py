@@ -19,7 +19,7 @@ LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress"),
     ("terms", "batches", "files", "fits", "metrics", "nn", "huggingface"),
-    ("sites", "proof", "calibration", "channels"),
+    ("sites", "proof", "calibration", "channels", "producers"),
     # a model as a graph, and what runs it
     ("graphs", "runtime"),
     # the user's samples as native values of a graph
@@ -32,7 +32,14 @@ LAYERS = (
 )
 """Lowest first. A module, or all modules of a folder, may import its own layer and those below."""
 
-TORCH_AT_THE_TOP = {"nn", "backends", "graphs.dynamo", "graphs.fx", "graphs.fx_terms"}
+TORCH_AT_THE_TOP = {
+    "nn",
+    "backends",
+    "graphs.dynamo",
+    "graphs.fx",
+    "graphs.fx_edits",
+    "graphs.fx_terms",
+}
 TENSORRT = {"exporters.tensorrt"}
 APART = ("passes",)
 """Folders whose modules never import each other."""

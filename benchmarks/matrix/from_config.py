@@ -46,9 +46,12 @@ def token_inputs(
     names: Sequence[str] = ("input_ids",),
     length: int = 6,
 ) -> Inputs:
-    """Random tokens under each of the given names."""
-    return Inputs(
-        kwargs={
-            name: tokens(model, samples, seed + place, length) for place, name in enumerate(names)
-        }
-    )
+    """Random tokens under each of the given names, and the mask that a tokenizer gives beside them.
+
+    Without the mask a decoder looks for packed sequences, in operators that the exporters lack.
+    """
+    kwargs = {
+        name: tokens(model, samples, seed + place, length) for place, name in enumerate(names)
+    }
+    mask = torch.ones(samples, length, dtype=torch.int64, device=model.device)
+    return Inputs(kwargs={**kwargs, "attention_mask": mask})

@@ -12,7 +12,7 @@ from .. import compiler
 from ..errors import OptionError
 from ..exporters.onnx import export_onnx
 from ..progress import reporting
-from ..report.terminal import report_table
+from ..report.terminal import fold_table, report_table
 from .options import BatchSize, Data, Model, Provider, ProviderName, Verbose
 from .progress import TerminalReporter, console
 from .sources import load_data, load_model
@@ -78,6 +78,9 @@ def convert(
     calibration: Annotated[
         Path | None, typer.Option(help="Write the fitted values as safetensors.")
     ] = None,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Fold gamma, beta and scalars into weights (exact).")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Replace norms of MODEL by Dynamic Tanh and write an ONNX file.
@@ -102,6 +105,7 @@ def convert(
             exclude=tuple(exclude or ()),
             seed=seed,
             provider=provider.value,
+            fold=fold,
         )
         written = export_onnx(result, out, opset=opset, dtype=dtype.value, provider=provider.value)
     if report is not None:
@@ -109,6 +113,8 @@ def convert(
     if calibration is not None and result.calibration is not None:
         result.calibration.save(calibration)
     console().print(report_table(result.report))
+    if result.folded is not None:
+        console().print(fold_table(result.folded))
     checked = (
         "not run: no data"
         if written.export_error is None

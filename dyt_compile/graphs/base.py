@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..dyt import DytParameters
+from ..dyt import DytParameters, Form
 from ..sites import NormSite
 from ..terms import Term, Value
 
-__all__ = ["Batch", "Graph", "Segment"]
+__all__ = ["Batch", "Edit", "Graph", "Segment", "Stored"]
 
 Array = npt.NDArray[Any]
 Batch = Mapping[str, Any]
 """Input name to native tensor, every input of the graph present."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A constant to keep: under `name`, or one like it that is free; rounded to `dtype` once."""
+
+    name: str
+    array: Array
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What exact algebra changes at one term.
+
+    operands: new constants by place among the term's inputs; place 2 of a product is its bias,
+    which it may not have had. added: what is added to its output. passed: the place of the operand
+    that its readers read instead of its output. result: what its output is. form: of DyT, what it
+    becomes.
+    """
+
+    term: Term
+    operands: Mapping[int, Stored] = field(default_factory=dict)
+    added: Stored | None = None
+    passed: int | None = None
+    result: Stored | None = None
+    form: Form | None = None
 
 
 class Segment(Protocol):
@@ -64,6 +92,13 @@ class Graph(Protocol):
 
     def replace(self, replacements: Iterable[tuple[NormSite, DytParameters]]) -> Graph:
         """A new graph in which DyT stands at each named site; its terms are matched anew."""
+        ...
+
+    def revise(self, edits: Iterable[Edit]) -> Graph:
+        """A new graph with the edits made, in the order of their terms; unchanged weights shared.
+
+        At most one edit a term.
+        """
         ...
 
     @property

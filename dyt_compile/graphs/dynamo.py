@@ -32,7 +32,7 @@ from ..terms import Value
 from .fx import FxGraph, ancestors, attribute
 from .fx_regions import CHECKPOINTS, RUN_ONCE, is_write, lay_open, subgraphs
 
-__all__ = ["Anchor", "Frame", "Hold", "Replacement"]
+__all__ = ["Anchor", "Frame", "Hold", "Replacement", "opened"]
 
 Node = torch.fx.Node
 Hold = Callable[[str, torch.Tensor], Node]
@@ -69,15 +69,14 @@ class Frame:
 
     graph: parameters and buffers that Dynamo lifted to inputs count as constants in it.
     nested: what runs inside other operators, by the name of those; it is only looked at.
-    Regions that run once are laid open, checkpoints only without gradients: with them, they would
-    no longer save memory. Raises CaptureError if the module cannot be traced.
+    Raises CaptureError if the module cannot be traced.
     """
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
         _fix_numbers(module)
         # Inner backends own and change the module that they are given; the frame keeps its own.
         self._module, _ = _copied(module)
-        lay_open(self._module, RUN_ONCE - (CHECKPOINTS if torch.is_grad_enabled() else set()))
+        lay_open(self._module, opened())
         self.nested = list(_nested(self._module))
         traced, recorder = _traced(self._module)
         self._made_by = recorder.made_by
@@ -85,7 +84,7 @@ class Frame:
         weights = {
             made: (_path(node), _is_parameter(node))
             for made, node in recorder.results.items()
-            if node.op == "placeholder" and _is_weight(node)
+            if _is_weight(node)
         }
         self.graph = FxGraph("frame", traced, (), {}, weights)
         self._order = {node: place for place, node in enumerate(traced.graph.nodes)}
@@ -222,8 +221,9 @@ class Frame:
 class _Recorder(torch.fx.Interpreter):
     """Runs a Dynamo module node by node, and records which aten nodes that makes.
 
-    given: results that are not computed but known. results: the first Dynamo node whose result a
-    traced node is; made_by: the Dynamo node at which a traced node was made.
+    given: results that are not computed but known, None for those that nothing needs. results: the
+    first Dynamo node whose result a traced node is; made_by: the Dynamo node at which a traced node
+    was made.
     """
 
     def __init__(self, module: torch.fx.GraphModule, given: Mapping[Node, Any]) -> None:
@@ -259,13 +259,15 @@ def _traced(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, _Record
         if mode.shape_env is not None:  # what is only looked at must leave no guards
             stack.enter_context(mode.shape_env.suppress_guards())
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
-        known = {node: _known(module, node, mode) for node in module.graph.nodes}
+        closed = _transformed(module.graph)
+        known = {node: _known(module, node, mode, closed) for node in module.graph.nodes}
         known = {node: value for node, value in known.items() if value is not None}
+        skipped = dict.fromkeys(closed - set(known))
         leaves, tree = pytree.tree_flatten(list(known.values()))
 
         def run(*arguments: Any) -> Any:
             given = pytree.tree_unflatten(arguments, tree)
-            recorders.append(_Recorder(module, dict(zip(known, given, strict=True))))
+            recorders.append(_Recorder(module, dict(zip(known, given, strict=True)) | skipped))
             return recorders[-1].run()
 
         try:
@@ -277,19 +279,34 @@ def _traced(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, _Record
     return traced, recorders[-1]
 
 
-def _known(module: torch.fx.GraphModule, node: Node, mode: FakeTensorMode) -> Any:
+def _transformed(graph: torch.fx.Graph) -> set[Node]:
+    """The nodes within vmap and its like, whose tensors no trace follows."""
+    depth, found = 0, set[Node]()
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        depth += name.endswith("increment_nesting")
+        if depth > 0:
+            found.add(node)
+        depth -= name.endswith("decrement_nesting")
+    return found
+
+
+def _known(
+    module: torch.fx.GraphModule, node: Node, mode: FakeTensorMode, closed: set[Node]
+) -> Any:
     """What the trace is given for a node, None where it computes it.
 
     Inputs (also floats, which Dynamo wraps in tensors), tensors that the module holds, and the
-    results of higher-order operators, which are not entered.
+    results of higher-order operators and of `closed` nodes, which are not entered.
     """
     if node.op == "get_attr":
         held = attribute(module, str(node.target))
         return mode.from_tensor(held, static_shapes=True) if _is_tensor(held) else None
-    opaque = isinstance(node.target, HigherOrderOperator) or _is_number(node)
+    leaves = node in closed and not closed.issuperset(node.users)
+    opaque = isinstance(node.target, HigherOrderOperator) or _is_number(node) or leaves
     if node.op != "placeholder" and not opaque:
         return None
-    value = node.meta.get("example_value")
+    value = _seen(node)
     if isinstance(value, torch.SymFloat) and not value.node.expr.free_symbols:
         return float(value)  # Dynamo has guarded on it
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)
@@ -325,6 +342,11 @@ def _source(node: Any) -> Any:
     return getattr(node, "_dynamo_source", None)
 
 
+def _seen(node: Node) -> Any:
+    """What a node's result is like, as Dynamo notes it, or torch.export."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def _is_tensor(held: Any) -> bool:
     return isinstance(held, torch.Tensor)
 
@@ -332,7 +354,7 @@ def _is_tensor(held: Any) -> bool:
 def _fake_mode(module: torch.fx.GraphModule) -> FakeTensorMode:
     """The mode of a module's own fake tensors; Dynamo gives another one to backends."""
     for node in module.graph.nodes:
-        for leaf in pytree.tree_leaves(node.meta.get("example_value")):
+        for leaf in pytree.tree_leaves(_seen(node)):
             if isinstance(leaf, FakeTensor):
                 return leaf.fake_mode
     raise CaptureError("the graph holds no fake tensors: it does not come from Dynamo")
@@ -355,14 +377,26 @@ def _copied(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, dict[No
     return copied, copies
 
 
+def _held(node: Node) -> Any:
+    """What a node stands for where it computes nothing."""
+    if node.op == "get_attr" and node.graph.owning_module is not None:
+        return attribute(node.graph.owning_module, str(node.target))
+    return node.meta.get("example_value")
+
+
 def _is_parameter(node: Node) -> bool:
-    return isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+    return isinstance(_held(node), torch.nn.Parameter)
 
 
 def _is_weight(node: Node) -> bool:
-    """Parameters, and tensors that Dynamo found on a module: their address does not change."""
-    held = node.meta.get("tensor_dict") or {}
-    return _is_parameter(node) or "_dynamo_static_input_type" in held
+    """What a module holds: its address does not change, so Dynamo marks the input as static."""
+    static = "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    return static or _is_parameter(node) or (node.op == "get_attr" and _is_tensor(_held(node)))
+
+
+def opened() -> set[str]:
+    """The regions that are laid open: checkpoints only where no gradients are computed."""
+    return RUN_ONCE - CHECKPOINTS if torch.is_grad_enabled() else RUN_ONCE
 
 
 def _nested(module: torch.fx.GraphModule) -> Iterator[tuple[str, Frame]]:
@@ -393,7 +427,9 @@ def _module_path(node: Node) -> str:
 def _path(node: Node) -> str:
     """The path of a weight, below the frame's own `self`."""
     source = _source(node)
-    return node.name if source is None else _split(source.name)[1]
+    if source is None:
+        return str(node.target)
+    return _split(source.name)[1]
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -20,7 +20,8 @@ from ..errors import DataError, RewriteError, first_line
 from ..nn import operator, parameter
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
-from .base import Batch
+from .base import Batch, Edit
+from .fx_edits import make_edits, targets
 from .fx_regions import is_write, subgraphs
 from .fx_terms import say, scalar_of
 
@@ -160,20 +161,50 @@ class FxGraph:
 
     def replace(self, replacements: Iterable[tuple[NormSite, DytParameters]]) -> FxGraph:
         """A new graph with DyT at the given sites; other parameters are shared, not copied."""
+        graph, copies = self._copied()
+        calls = [(site, values, _put(graph, copies, site, values)) for site, values in replacements]
+        graph.eliminate_dead_code()
+        attributes = self._attributes(graph)
+        for site, values, call in calls:
+            attributes |= self._attach(graph, call, site, values, attributes)
+        return self._over(attributes, graph)
+
+    def revise(self, edits: Iterable[Edit]) -> FxGraph:
+        """A new graph with the edits made; other parameters are shared, not copied."""
+        graph, copies = self._copied()
+        held = make_edits(graph, copies, edits)
+        graph.eliminate_dead_code()
+        used = {node: stored for node, stored in held.items() if node.users}
+        attributes = self._attributes(graph, set(used))
+        for node, path in targets(used, attributes).items():
+            node.target = path
+            dtype = getattr(torch, used[node].dtype)
+            tensor = as_tensor(used[node].array).to(self._device(), dtype, copy=True)
+            attributes[path] = torch.nn.Parameter(tensor, requires_grad=dtype.is_floating_point)
+        return self._over(attributes, graph)
+
+    def _copied(self) -> tuple[torch.fx.Graph, dict[torch.fx.Node, torch.fx.Node]]:
+        """A copy of the module's graph, and its nodes by those of the module."""
         graph = torch.fx.Graph()
         copies: dict[torch.fx.Node, torch.fx.Node] = {}
         graph.output(graph.graph_copy(self._module.graph, copies))
         graph._codegen = copy.deepcopy(self._module.graph._codegen)
-        calls = [(site, values, _put(graph, copies, site, values)) for site, values in replacements]
-        graph.eliminate_dead_code()
-        attributes = {
+        return graph, copies
+
+    def _attributes(
+        self, graph: torch.fx.Graph, but: Collection[torch.fx.Node] = ()
+    ) -> dict[str, Any]:
+        """What the nodes of a copy read from the module; what they write to is copied, too."""
+        written = _written(graph)
+        held = {
             str(node.target): attribute(self._module, str(node.target))
             for node in graph.nodes
-            if node.op in ("get_attr", "call_module")
+            if node.op in ("get_attr", "call_module") and node not in but
         }
-        attributes |= {path: attributes[path].detach().clone() for path in _written(graph)}
-        for site, values, call in calls:
-            attributes |= self._attach(graph, call, site, values, attributes)
+        return held | {path: held[path].detach().clone() for path in written}
+
+    def _over(self, attributes: dict[str, Any], graph: torch.fx.Graph) -> FxGraph:
+        """The graph of a module that holds the attributes."""
         module = torch.fx.GraphModule(attributes, graph)
         module.train(self._module.training)
         return FxGraph(self.name, module, self.args, self.kwargs)

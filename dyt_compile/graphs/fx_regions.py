@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, first_line
 
-__all__ = ["CHECKPOINTS", "RUN_ONCE", "is_write", "lay_open", "subgraphs", "writes"]
+__all__ = ["CHECKPOINTS", "RUN_ONCE", "is_functional", "is_write", "lay_open", "subgraphs"]
 
 Node = torch.fx.Node
 
@@ -32,19 +32,22 @@ RUN_ONCE = {
 }  # fmt: skip
 """Operators that run their one subgraph exactly once, and return what it returns."""
 
+CONTROL_FLOW = {"cond", "map_impl", "scan", "while_loop"}
+"""Operators whose subgraphs get the operands that follow them, in that order."""
+
 
 def subgraphs(module: torch.nn.Module, node: Node) -> tuple[list[torch.fx.GraphModule], list[Any]]:
     """The GraphModules that a node runs, and the operands that each of them gets.
 
-    Both are empty for everything but higher-order operators.
+    Both are empty for everything but regions and control flow.
     """
-    if not isinstance(node.target, HigherOrderOperator):
+    if _name(node) not in RUN_ONCE | CONTROL_FLOW:
         return [], []
     places = [place for place, held in enumerate(node.args) if _held(module, held) is not None]
     if not places:
         return [], []
     rest = node.args[places[-1] + 1 :]
-    if node.target.name() == "invoke_subgraph":
+    if _name(node) == "invoke_subgraph":
         rest = rest[1:]  # the name by which equal ones are known
     found = [_held(module, node.args[place]) for place in places]
     return [held for held in found if held is not None], pytree.tree_leaves(rest)
@@ -55,10 +58,17 @@ def is_write(node: Node) -> bool:
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
-def writes(module: torch.fx.GraphModule) -> bool:
-    """Whether any node does, those of subgraphs too."""
+def is_functional(module: torch.fx.GraphModule) -> bool:
+    """Whether every node, those of subgraphs too, does nothing but compute a result.
+
+    None writes to an operand, and none stands between the calls that begin and end a vmap.
+    """
     graphs = (part.graph for part in module.modules() if isinstance(part, torch.fx.GraphModule))
-    return any(is_write(node) for graph in graphs for node in graph.nodes)
+    return not any(is_write(node) or _is_vmap(node) for graph in graphs for node in graph.nodes)
+
+
+def _is_vmap(node: Node) -> bool:
+    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
 
 
 def lay_open(module: torch.fx.GraphModule, names: Collection[str] = frozenset(RUN_ONCE)) -> None:
@@ -68,7 +78,7 @@ def lay_open(module: torch.fx.GraphModule, names: Collection[str] = frozenset(RU
     cannot be traced.
     """
     for node in list(module.graph.nodes):
-        if not isinstance(node.target, HigherOrderOperator) or node.target.name() not in names:
+        if _name(node) not in names:
             continue
         bodies, operands = subgraphs(module, node)
         if len(bodies) != 1:
@@ -108,17 +118,16 @@ class _Region(torch.fx.Interpreter):
     """Runs a region node by node, those within it too, so that their nodes keep their scopes."""
 
     def run_node(self, n: Node) -> Any:
-        bodies, _ = subgraphs(self.module, n)
-        name = _name(n) if bodies else ""
+        name = _name(n)
         if name not in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
             return super().run_node(n)
-        _, operands = subgraphs(self.module, n)
+        bodies, operands = subgraphs(self.module, n)
         given = torch.fx.node.map_arg(tuple(operands), self.env.__getitem__)
         with _autocast(n) if name == "wrap_with_autocast" else nullcontext():
             result = _Region(bodies[0]).run(*given)
-        return (
-            _without_gradient(result) if name != "wrap_with_autocast" and not n.args[0] else result
-        )
+        if name == "wrap_with_autocast" or n.args[0]:
+            return result
+        return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, result)
 
 
 def _autocast(node: Node) -> AbstractContextManager[Any]:
@@ -128,10 +137,6 @@ def _autocast(node: Node) -> AbstractContextManager[Any]:
         device, dtype=dtype, enabled=enabled, cache_enabled=cached
     )
     return context
-
-
-def _without_gradient(result: Any) -> Any:
-    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, result)
 
 
 def _copied(graph: torch.fx.Graph) -> torch.fx.Graph:

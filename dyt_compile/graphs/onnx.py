@@ -21,8 +21,9 @@ from ..runtime import Session
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
-from .base import Batch
+from .base import Batch, Edit, Stored
 from .onnx_constants import scalar, stored
+from .onnx_edits import make_edits, rounded
 from .onnx_precision import Names
 from .onnx_prepare import prepare, restore
 from .onnx_terms import say
@@ -157,6 +158,29 @@ class OnnxGraph:
 
     def replace(self, replacements: Iterable[tuple[NormSite, DytParameters]]) -> OnnxGraph:
         """A new graph with DyT at the given sites; the weights are shared, not copied."""
+        model, copies = self._copied()
+        names = Names(model)
+        for site, parameters in replacements:
+            _put(model, copies, names, site, parameters)
+        onnx_functions.declare(model)
+        ir_passes.RemoveUnusedNodesPass()(model)
+        return OnnxGraph(self.name, model, self._provider)
+
+    def revise(self, edits: Iterable[Edit]) -> OnnxGraph:
+        """A new graph with the edits made; the other weights are shared, not copied."""
+        model, copies = self._copied()
+        names = Names(model)
+
+        def hold(stored: Stored) -> ir.Value:
+            return _initializer(model.graph, names, ir.tensor(rounded(stored), name=stored.name))
+
+        make_edits(model.graph, copies, edits, hold)
+        onnx_functions.declare(model)
+        ir_passes.RemoveUnusedNodesPass()(model)
+        return OnnxGraph(self.name, model, self._provider)
+
+    def _copied(self) -> tuple[ir.Model, dict[ir.Value, ir.Value]]:
+        """A copy of the model that shares its weights, and its values by those of the model."""
         model = self._model.clone()
         copies: dict[ir.Value, ir.Value] = {}
         for old, new in zip(self._nodes, model.graph, strict=True):
@@ -164,12 +188,7 @@ class OnnxGraph:
         copies.update(zip(self._model.graph.inputs, model.graph.inputs, strict=True))
         for name, value in self._model.graph.initializers.items():
             copies[value] = model.graph.initializers[name]
-        names = Names(model)
-        for site, parameters in replacements:
-            _put(model, copies, names, site, parameters)
-        onnx_functions.declare(model)
-        ir_passes.RemoveUnusedNodesPass()(model)
-        return OnnxGraph(self.name, model, self._provider)
+        return model, copies
 
     def _say_nested(self, node: ir.Node) -> None:
         """The insides of If, Loop and Scan: seen, so that norms there can be refused."""

@@ -179,20 +179,20 @@ def _from_program(program: torch.export.ExportedProgram, name: str) -> Graph:
 
 
 def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program without operators that write to their operands.
+    """The program without operators that write in place, and without vmap's.
 
     A part of the graph can then run alone, and again: what it needs is among its operands, and no
     buffer of the model changes (running statistics, caches).
     """
-    from ..graphs.fx_regions import writes
+    from ..graphs.fx_regions import is_functional
 
-    if not writes(program.graph_module):
+    if is_functional(program.graph_module):
         return program
     try:
         functional: torch.export.ExportedProgram = program.run_decompositions({})
     except Exception as error:
         raise CaptureError(
-            f"operators that write in place cannot be made functional: {first_line(error)}"
+            f"the program cannot be made functional (in-place writes, vmap): {first_line(error)}"
         ) from error
     return functional
 

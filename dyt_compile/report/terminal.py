@@ -12,10 +12,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..passes.fold import Folded
 from ..sites import Match, NormSite
 from .records import Report
 
-__all__ = ["match_table", "report_table"]
+__all__ = ["fold_table", "match_table", "report_table"]
 
 
 def match_table(match: Match) -> RenderableType:
@@ -104,6 +105,20 @@ def report_table(report: Report) -> RenderableType:
     parts.append(Text(headline(report), style="bold"))
     if report.refusals:
         parts.append(Text(f"{len(report.refusals)} refused; dyt-compile inspect says why"))
+    return Group(*parts)
+
+
+def fold_table(folded: Folded) -> RenderableType:
+    """How much was folded, and what stayed and why."""
+    counts = Counter(entry.what for entry in folded.folded)
+    told = ", ".join(f"{count} {what}" for what, count in counts.items())
+    parts: list[RenderableType] = [Text(f"folded into weights: {told or 'nothing'}", style="bold")]
+    if folded.left:
+        table = _table("not folded", "what", "reason")
+        for left in _grouped(folded.left, lambda e: (_alike(e.name), e.what, _alike(e.reason))):
+            names = _joint([entry.name for entry in left])
+            table.add_row(Text(names), left[0].what, Text(left[0].reason))
+        parts.append(table)
     return Group(*parts)
 
 

@@ -104,11 +104,34 @@ def _cogvideo(model: Any, samples: int, seed: int) -> dict[str, Tensor]:
     return given | {"encoder_hidden_states": text}
 
 
-def _lumina(model: Any, samples: int, seed: int) -> dict[str, Tensor]:
-    given = _images(model, samples, seed, model.config.cap_feat_dim)
+def _cogview(model: Any, samples: int, seed: int) -> dict[str, Tensor]:
+    """Beside the text, the size that an image had, shall have, and where it was cut."""
+    given = _images(model, samples, seed, model.config.text_embed_dim)
+    size = drawn.integers(model, 0, 1, samples, 2) + 64.0
+    return given | {"original_size": size, "target_size": size, "crop_coords": size * 0}
+
+
+def _ltx(model: Any, samples: int, seed: int) -> dict[str, Any]:
+    """A clip as a row of tokens."""
+    config = model.config
+    given = _latents(model, samples, seed, 32, config.in_channels, width=config.caption_channels)
+    coordinates = drawn.normal(model, 0, samples, 3, 32).abs()
+    return given | {
+        "encoder_attention_mask": _mask(model, samples),
+        "video_coords": coordinates,
+    }
+
+
+def _audio(model: Any, samples: int, seed: int) -> dict[str, Any]:
+    config = model.config
+    shape = config.in_channels, config.sample_size
+    given = _latents(model, samples, seed, *shape, width=config.cross_attention_input_dim)
+    states = drawn.normal(model, seed, samples, 1, config.global_states_input_dim)
+    angles = drawn.normal(model, 0, config.sample_size + 1, config.attention_head_dim // 2)
     return given | {
         "timestep": drawn.integers(model, seed, STEPS, samples) / STEPS,
-        "encoder_attention_mask": _mask(model, samples),
+        "global_hidden_states": states,
+        "rotary_embedding": (angles.cos(), angles.sin()),
     }
 
 
@@ -246,9 +269,20 @@ SYSTEMS = (
         caption_projection_dim=48, pos_embed_max_size=64,
     ),
     _system(
-        "Lumina 2", diffusers.Lumina2Transformer2DModel, _lumina, sample_size=8, in_channels=4,
-        hidden_size=48, num_layers=1, num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1,
-        multiple_of=16, axes_dim_rope=(4, 4, 8), axes_lens=(32, 16, 16), cap_feat_dim=32,
+        "CogView4", diffusers.CogView4Transformer2DModel, _cogview, in_channels=4, out_channels=4,
+        num_layers=2, num_attention_heads=3, attention_head_dim=16, text_embed_dim=32,
+        time_embed_dim=16, condition_dim=8, pos_embed_max_size=8, sample_size=8,
+        rope_axes_dim=(8, 8),
+    ),
+    _system(
+        "LTX-Video", diffusers.LTXVideoTransformer3DModel, _ltx, **HEADS, in_channels=8,
+        out_channels=8, cross_attention_dim=48, num_layers=2, caption_channels=32,
+    ),
+    _system(
+        "Stable Audio", diffusers.StableAudioDiTModel, _audio, **HEADS, sample_size=16,
+        in_channels=4, out_channels=4, num_layers=2, num_key_value_attention_heads=3,
+        cross_attention_dim=48, time_proj_dim=16, global_states_input_dim=32,
+        cross_attention_input_dim=32,
     ),
     _system(
         "Wan", diffusers.WanTransformer3DModel, _video, **HEADS, in_channels=4, out_channels=4,

@@ -38,7 +38,10 @@ T5 = {
     "num_heads": 4,
     "use_cache": False,
 }
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+BATCHED_EXPERTS = {"experts_implementation": "batched_mm"}
+"""Multiplies with batches of gathered weights; no exporter to ONNX knows the grouped kernel."""
+
+EXPERTS = {**BATCHED_EXPERTS, "num_local_experts": 4, "num_experts_per_tok": 2}
 NO_CACHE = {"use_cache": False}
 
 _seq2seq = partial(token_inputs, names=("input_ids", "decoder_input_ids"))
@@ -260,6 +263,7 @@ DECODERS = (
         "Qwen3NextForCausalLM",
         {
             **DECODER,
+            **BATCHED_EXPERTS,
             "head_dim": 8,
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 8,
@@ -325,6 +329,7 @@ DECODERS = (
         "DeepseekV3ForCausalLM",
         {
             **DECODER,
+            **BATCHED_EXPERTS,
             "num_key_value_heads": 4,
             "moe_intermediate_size": 16,
             "n_routed_experts": 8,

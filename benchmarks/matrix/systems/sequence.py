@@ -212,16 +212,12 @@ SYSTEMS = (
     ),
     _system(
         "Informer", transformers.InformerModel,
-        transformers.InformerConfig(**SERIES), inputs=_forecast,
+        transformers.InformerConfig(**SERIES, distil=False),
+        inputs=_forecast,  # torch.export cannot trace its distillation
     ),
     _system(
         "Time series transformer", transformers.TimeSeriesTransformerModel,
         transformers.TimeSeriesTransformerConfig(**SERIES), inputs=_forecast,
-    ),
-    _system(
-        "Autoformer", transformers.AutoformerModel,
-        transformers.AutoformerConfig(**SERIES, moving_average=3, label_length=2),
-        inputs=_forecast,
     ),
     _system(
         "TimesFM", transformers.TimesFmModel,

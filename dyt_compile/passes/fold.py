@@ -1,0 +1,358 @@
+"""Fold: exact algebra that makes a graph smaller and leaves the function that it computes.
+
+What is computed from parameters alone is computed once. A constant that scales or shifts channels
+goes into the weights that made them, or into the weights of all that read them; so do gamma and
+beta of DyT. Arithmetic is in float64, rounded once to the dtype of the weight.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..channels import Array, Kind, Stop, Uptake, cannot, carried, leaves, narrowed, product
+from ..dyt import FORMS, Form
+from ..errors import RewriteError
+from ..graphs.base import Edit, Graph, Stored
+from ..producers import Change, changes, holds_bias, pulled
+from ..sites import Match, NormSite
+from ..terms import Op, Term, Value
+
+__all__ = ["Fold", "Folded", "Left", "fold"]
+
+VIEWS = {
+    Op.CAST, Op.CONCAT, Op.EXPAND, Op.GATHER, Op.RESHAPE, Op.SLICE, Op.SQUEEZE, Op.TRANSPOSE,
+    Op.UNSQUEEZE, Op.VIEW,
+}  # fmt: skip
+"""What makes no new numbers: to store its result would only store the same weight again."""
+
+RANDOM = ("rand", "Random", "bernoulli", "Bernoulli", "dropout", "Dropout", "normal", "multinomial")
+"""Parts of names of operators whose result differs from call to call."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What went into weights. name: of the site or the constant; what: "gamma", "beta", "scale",
+    "shift", or "computed" for a constant; into: the operators that took it."""
+
+    name: str
+    what: str
+    into: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Left:
+    """What stayed, and why, in one sentence; fields as of `Fold`."""
+
+    name: str
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """What `fold` returns: the folded model, and what went where in it."""
+
+    graph: Graph = field(repr=False)
+    folded: tuple[Fold, ...]
+    left: tuple[Left, ...]
+
+    @property
+    def model(self) -> Any:
+        """The folded model, an `nn.Module` or an `onnx_ir.Model`."""
+        return self.graph.model
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was folded and what was left, as plain JSON data."""
+        return {
+            "folded": [{**vars(entry), "into": list(entry.into)} for entry in self.folded],
+            "left": [vars(entry) for entry in self.left],
+        }
+
+
+def fold(graph: Graph, found: Match) -> Folded:
+    """The graph with constants, scales and shifts folded into weights.
+
+    found: the norms and DyT of `graph`; norms that it keeps stay as they are. The graph itself
+    stays as it is, the result shares the weights that do not change. Raises RewriteError where
+    weights are not loaded (meta tensors).
+    """
+    folder = _Folder(graph, _inside(found.sites))
+    for value in _computed(graph):
+        folder.store(value)
+    for term in graph.terms:
+        folder.fold_term(term)
+    for site in found.sites:
+        folder.fold_site(site)
+    return Folded(graph.revise(folder.edits()), tuple(folder.folded), tuple(folder.left))
+
+
+def _inside(sites: Iterable[NormSite]) -> set[Term]:
+    """The terms of the norms that stay."""
+    inside: set[Term] = set()
+    for site in sites:
+        pending = [] if site.kind.lossless else [site.output]
+        while pending:
+            value = pending.pop()
+            if value is site.input or value.constant or value.producer in inside:
+                continue
+            if value.producer is not None:
+                inside.add(value.producer)
+                pending.extend(value.producer.operands)
+    return inside
+
+
+def _computed(graph: Graph) -> Iterator[Value]:
+    """Constants that the graph computes from parameters on every call."""
+    seen: set[Value] = set()
+    for term in graph.terms:
+        if term.output.constant or term.within:
+            continue
+        for value in term.operands:
+            if value.constant and value not in seen and value.producer is not None:
+                seen.add(value)
+                if _worth_storing(value):
+                    yield value
+
+
+def _worth_storing(value: Value) -> bool:
+    """Whether a constant is made of parameters by arithmetic that is the same on every call."""
+    terms, pending = set[Term](), [value]
+    if not (value.dtype or "").startswith(("float", "bfloat")):
+        return False
+    while pending:
+        term = pending.pop().producer
+        if term is not None and term not in terms:
+            terms.add(term)
+            pending.extend(term.operands)
+    for term in terms:
+        in_place = term.label.endswith("_") and not term.label.endswith("__")
+        if in_place or any(part in term.label for part in RANDOM) or "quant" in term.label.lower():
+            return False
+    makes = any(term.op not in VIEWS for term in terms)
+    return makes and any(leaf.parameter for leaf in leaves(value))
+
+
+class _Folder:
+    """The changes found so far, over a graph that itself stays as it is.
+
+    The weights that `carried` asks for are those after the changes.
+    """
+
+    def __init__(self, graph: Graph, inside: Collection[Term]) -> None:
+        self.folded: list[Fold] = []
+        self.left: list[Left] = []
+        self._graph = graph
+        self._inside = inside
+        self._stored: dict[Term, Array] = {}
+        self._changes: dict[tuple[Term, int], list[Change]] = defaultdict(list)
+        self._removed: dict[Term, int] = {}
+        self._forms: dict[Term, Form] = {}
+
+    # The weights, as `channels.Weights` has them.
+
+    def value(self, term: Term, place: int) -> Array:
+        """A constant operand after the changes, in float64; an absent bias is 0."""
+        operand = term.inputs[place]
+        array = (
+            self._constant(operand) if isinstance(operand, Value) else np.asarray(operand or 0.0)
+        )
+        for change in self._changes.get((term, place), ()):
+            array = array * change.array if change.kind is Kind.SCALE else array + change.array
+        return np.asarray(array, np.float64)
+
+    def product(self, uptake: Uptake) -> Array:
+        """What a weight makes of a summand."""
+        return product(uptake, self.value(uptake.term, 1 - uptake.place))
+
+    def _constant(self, value: Value) -> Array:
+        producer = value.producer
+        if producer is not None and producer in self._stored:
+            return self._stored[producer]
+        array = self._graph.constant(value)
+        if array is None:
+            raise RewriteError(f"{value.name!r}: its weights are not loaded (meta tensors)")
+        return array.astype(np.float64)
+
+    # What is folded.
+
+    def store(self, value: Value) -> None:
+        """Compute a constant once."""
+        if value.producer is not None:
+            self._stored[value.producer] = self._constant(value)
+            self.folded.append(Fold(_name(value), "computed", _names(value.consumers)))
+
+    def fold_term(self, term: Term) -> None:
+        """Fold a product or a sum with a constant into what makes its operand, or what reads it."""
+        place = self._affine_place(term)
+        if place is None:
+            return
+        kind = Kind.SCALE if term.op in (Op.MUL, Op.DIV) else Kind.SHIFT
+        array = narrowed(self.value(term, place))
+        with np.errstate(divide="ignore"):
+            array = 1 / array if term.op is Op.DIV else -array if term.op is Op.SUB else array
+        source = term.inputs[1 - place]
+        if not np.isfinite(array).all() or not isinstance(source, Value):
+            return
+        outputs = self._graph.outputs
+        back = pulled(source, array, kind, outputs, self._removed)
+        if not isinstance(back, str):
+            self._take(term, place, kind, back)
+            return
+        ahead = carried(term.output, array, kind, outputs, self, self._removed)
+        if not isinstance(ahead, Stop):
+            self._take(term, place, kind, self._changed(ahead, kind))
+            return
+        operand = term.inputs[place]
+        if isinstance(operand, Value) and any(map(_is_learned, leaves(operand))):
+            reason = f"{back}, and in its readers it {cannot(ahead)}"
+            self.left.append(Left(_name(operand), kind.name.lower(), reason))
+
+    def fold_site(self, site: NormSite) -> None:
+        """Fold beta, then gamma, of a DyT; there is no form with beta alone."""
+        term = site.output.producer
+        if term is None or term.op is not Op.DYT or term.within:
+            return
+        form: Form = term.attributes["form"]
+        for what, kind in (("beta", Kind.SHIFT), ("gamma", Kind.SCALE)):
+            if what not in form.parameters:
+                continue
+            smaller = _without(form, what)
+            if smaller is None:
+                self.left.append(Left(site.name, what, _formless(form, what)))
+                continue
+            array = self.value(term, 1 + form.parameters.index(what))
+            ahead = carried(site.output, array, kind, self._graph.outputs, self, self._removed)
+            if isinstance(ahead, Stop):
+                self.left.append(Left(site.name, what, f"it {cannot(ahead)}"))
+                continue
+            self._apply(self._changed(ahead, kind))
+            self._forms[term] = form = smaller
+            self.folded.append(Fold(site.name, what, _names(u.term for u in ahead)))
+
+    def _affine_place(self, term: Term) -> int | None:
+        """The place of the constant of a foldable product or sum, None for all other terms."""
+        if term.op not in (Op.MUL, Op.DIV, Op.ADD, Op.SUB) or term.within or term in self._inside:
+            return None
+        constant = [p for p, v in enumerate(term.inputs) if not isinstance(v, Value) or v.constant]
+        if len(constant) != 1 or (term.op in (Op.DIV, Op.SUB) and constant != [1]):
+            return None
+        (place,) = constant
+        source, operand = term.inputs[1 - place], term.inputs[place]
+        if not isinstance(source, Value) or not _same_type(source, term.output):
+            return None
+        if isinstance(operand, Value) and sum(s != 1 for s in operand.shape or ()) > 1:
+            return None
+        return None if self._is_bias(term, source) else place
+
+    def _is_bias(self, term: Term, source: Value) -> bool:
+        """Whether an Add is all the bias that a product has: ONNX's MatMul has no place for one."""
+        made = source.producer
+        while made is not None and made in self._removed:
+            operand = made.inputs[self._removed[made]]
+            made = operand.producer if isinstance(operand, Value) else None
+        is_product = made is not None and made.op is Op.MATMUL
+        return term.op is Op.ADD and made is not None and is_product and not holds_bias(made)
+
+    def _changed(self, uptakes: Sequence[Uptake], kind: Kind) -> tuple[Change, ...]:
+        return tuple(change for uptake in uptakes for change in changes(uptake, kind, self))
+
+    def _take(self, term: Term, place: int, kind: Kind, made: Sequence[Change]) -> None:
+        """Make the changes, after which a term changes nothing."""
+        self._apply(made)
+        self._removed[term] = 1 - place
+        operand = term.inputs[place]
+        name = _name(operand) if isinstance(operand, Value) else term.output.name
+        self.folded.append(Fold(name, kind.name.lower(), _names(c.term for c in made)))
+
+    def _apply(self, made: Iterable[Change]) -> None:
+        for change in made:
+            self._changes[change.term, change.place].append(change)
+
+    # The edits that this makes.
+
+    def edits(self) -> Iterator[Edit]:
+        """One edit a term, in the order of the terms."""
+        touched = {term for term, _ in self._changes}
+        for term in self._graph.terms:
+            if term in self._stored:
+                yield Edit(term, result=self._kept(term.output, self._stored[term]))
+            elif term in self._removed:
+                yield Edit(term, passed=self._removed[term])
+            elif term in touched or term in self._forms:
+                yield self._edit(term)
+
+    def _edit(self, term: Term) -> Edit:
+        operands: dict[int, Stored] = {}
+        added = None
+        for place in range(len(term.inputs)):
+            if (term, place) not in self._changes:
+                continue
+            operand, array = term.inputs[place], self.value(term, place)
+            if operand is None and not array.any():
+                continue  # a bias that is not there, scaled
+            if isinstance(operand, Value):
+                operands[place] = self._kept(operand, array)
+            elif holds_bias(term):
+                operands[place] = self._bias(term, np.broadcast_to(array, _bias_shape(term)))
+            else:
+                added = self._bias(term, array)
+        return Edit(term, operands, added, form=self._forms.get(term))
+
+    def _kept(self, old: Value, array: Array) -> Stored:
+        return Stored(_name(old), array, old.dtype or "float32")
+
+    def _bias(self, term: Term, array: Array) -> Stored:
+        weight = next(v for v in term.inputs[:2] if isinstance(v, Value) and v.constant)
+        scope = _name(weight).rpartition(".")[0] or term.output.name
+        return Stored(f"{scope}.bias", array, weight.dtype or "float32")
+
+
+def _is_learned(leaf: Value) -> bool:
+    """Whether a user would know it: exporters store literals of one element, too, without paths."""
+    return leaf.parameter and (leaf.scalar is None or "." in leaf.name)
+
+
+def _same_type(source: Value, output: Value) -> bool:
+    return (
+        source.dtype == output.dtype
+        and source.shape == output.shape
+        and (source.dtype or "").startswith(("float", "bfloat"))
+    )
+
+
+def _bias_shape(term: Term) -> tuple[int, ...]:
+    """One value for each output channel."""
+    weight = term.inputs[1]
+    shape = weight.shape if isinstance(weight, Value) and weight.shape else ()
+    first = term.op is Op.CONVOLUTION or term.attributes["transposed"]
+    return (shape[0 if first else -1] or 1,)
+
+
+def _without(form: Form, what: str) -> Form | None:
+    """The form that lacks one parameter, None where there is none."""
+    wanted = tuple(name for name in form.parameters if name != what)
+    return next(
+        (f for f in FORMS.values() if (f.parameters, f.squash) == (wanted, form.squash)), None
+    )
+
+
+def _formless(form: Form, what: str) -> str:
+    if form.squash == "tanh" and what == "gamma":
+        return "its beta stays, and there is no form of DyT with beta alone"
+    return f"{form.name} has no form without {what}"
+
+
+def _name(value: Value) -> str:
+    """The path of the parameter that a constant is made of; of several, that of its own shape."""
+    found = sorted(leaves(value), key=lambda leaf: (leaf.shape != value.shape, leaf.name))
+    learned = [leaf for leaf in found if leaf.parameter]
+    return (learned or found)[0].name if found else value.name
+
+
+def _names(terms: Iterable[Term]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(term.output.name for term in terms))
