@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
@@ -133,10 +134,11 @@ def _axes(op: Op) -> Saying:
 
 def _reshape(node: ir.Node) -> Said | Alias | None:
     source = _first(node)
-    if source.shape is None:
+    if source.shape is None or len(node.inputs) < 2:
         return None
-    before = tuple(size if isinstance(size, int) else None for size in source.shape)
-    after = _target(node, before)
+    lengths = _Lengths()
+    before = [lengths(size) for size in source.shape]
+    after = _target(node, before, lengths)
     sources = None if after is None else moved_units(before, after)
     if sources is None:
         return Said(Op.VIEW, (source,))
@@ -145,17 +147,42 @@ def _reshape(node: ir.Node) -> Said | Alias | None:
     return Said(Op.RESHAPE, (source,), {"sources": sources})
 
 
-def _target(node: ir.Node, before: Sequence[int | None]) -> tuple[int | None, ...] | None:
-    """The shape that a Reshape asks for, None for lengths that are not known."""
-    sizes = known_shape(node.inputs[1]) if len(node.inputs) > 1 else None
+class _Lengths:
+    """Lengths of axes as numbers: a dynamic one as a negative number of its own.
+
+    Two axes that are only known as dynamic are not known to be equally long.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[object, int] = {}
+
+    def __call__(self, size: object) -> int:
+        if isinstance(size, int):
+            return size
+        name = getattr(size, "value", None)
+        return self._numbers.setdefault(object() if name is None else name, -2 - len(self._numbers))
+
+
+def _target(node: ir.Node, before: Sequence[int], lengths: _Lengths) -> list[int] | None:
+    """The shape that a Reshape asks for; None where it is not known."""
+    sizes = known_shape(node.inputs[1])
     if sizes is None:
         return None
-    keep_zero = bool(node.attributes.get_int("allowzero", 0))
-    return tuple(
-        before[place] if size == 0 and place < len(before) and not keep_zero
-        else None if size == -1 else size
+    made = node.outputs[0].shape or (None,) * len(sizes)
+    keeps_zero = bool(node.attributes.get_int("allowzero", 0))
+    after = [
+        before[place]
+        if size == 0 and place < len(before) and not keeps_zero
+        else lengths(made[place] if size in (None, -1) else size)
         for place, size in enumerate(sizes)
-    )  # fmt: skip
+    ]
+    # One unknown length is what the others leave over.
+    unknown = [place for place, size in enumerate(after) if size < 0 and size not in before]
+    rest = Counter(before) - Counter(after)
+    del rest[1]
+    if len(unknown) == 1 and rest.total() == 1:
+        after[unknown[0]] = next(iter(rest.elements()))
+    return after
 
 
 def _transpose(node: ir.Node) -> Said | None:
