@@ -346,9 +346,9 @@ class _Known:
         for operator, nested in frame.nested:
             where = "a checkpoint, which training needs" if operator in CHECKPOINTS else operator
             inside = match(nested.graph)
-            for site in (*inside.sites, *inside.refusals):
-                if not site.kind.lossless:
-                    logger.log(level, "%s keeps its norm: it stands inside %s", site.name, where)
+            names = [site.name for site in inside.sites if not site.kind.lossless]
+            for name in (*names, *(refusal.name for refusal in inside.refusals)):
+                logger.log(level, "%s keeps its norm: it stands inside %s", name, where)
 
     def choose(
         self,
