@@ -33,13 +33,9 @@ LAYERS = (
 """Lowest first. A module, or all modules of a folder, may import its own layer and those below."""
 
 TORCH_AT_THE_TOP = {
-    "nn",
-    "backends",
-    "graphs.dynamo",
-    "graphs.fx",
-    "graphs.fx_edits",
-    "graphs.fx_terms",
-}
+    "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo", "graphs.fx",
+    "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
+}  # fmt: skip
 TENSORRT = {"exporters.tensorrt"}
 APART = ("passes",)
 """Folders whose modules never import each other."""
