@@ -648,15 +648,14 @@ def with_folds(site: NormSite, outputs: Mapping[str, Value]) -> NormSite:
     """The site, with what its readers can take up and what stops the rest."""
     if site.channels is None or site.output.shape is None:
         return replace(site, folds=(), unfolded="its number of channels is unknown")
+    names = {Kind.SCALE: "gamma", Kind.SHIFT: "beta"}
+    kinds = [kind for kind in Kind if not site.kind.lossless or names[kind] in site.affine]
     # Numbers all different, so that no scale is taken for the same at two places.
     array = np.random.default_rng(0).uniform(0.5, 1.5, site.parameter_shape)
-    found = {kind: carried(site.output, array, kind, outputs) for kind in Kind}
+    found = {kind: carried(site.output, array, kind, outputs) for kind in kinds}
     stops = {kind: stop for kind, stop in found.items() if isinstance(stop, Stop)}
-    folds = tuple(kind.name for kind in Kind if kind not in stops)
-    names = {"SCALE": "gamma", "SHIFT": "beta"}
-    return replace(
-        site, folds=tuple(names[name] for name in folds), unfolded=_told(stops, site.output)
-    )
+    folds = tuple(names[kind] for kind in kinds if kind not in stops)
+    return replace(site, folds=folds, unfolded=_told(stops, site.output))
 
 
 def _told(stops: Mapping[Kind, Stop], value: Value) -> str:
