@@ -486,7 +486,9 @@ def test_quantised_weights_in_onnx_are_left(tmp_path: Path) -> None:
     result = dyt_compile.fold(path)
     assert [entry.reason for entry in result.left] == ["it cannot pass the quantised weight of `y`"]
     assert "DequantizeLinear" in [node.op_type for node in result.model.graph]
-    assert dyt_compile.inspect(path).sites[0].unfolded == "read by the quantised weight of `y`"
+    assert (
+        dyt_compile.inspect(path).sites[0].unfolded == "γ cannot pass the quantised weight of `y`"
+    )
 
 
 def test_converted_model_folds_and_exports(tmp_path: Path) -> None:
