@@ -143,11 +143,14 @@ class Term:
     """One node of a graph in the vocabulary, with exactly one output.
 
     inputs: values, Python floats for literals, or None for an absent optional operand.
+    sizes: values that it reads besides, of which its attributes tell: lengths, bounds, axes.
     index: its place in execution order; scope: the path of the module that it belongs to;
     label: the operator's name in its own world; within: the control flow that it stands in ("If").
     """
 
-    __slots__ = ("attributes", "index", "inputs", "label", "op", "output", "scope", "within")
+    __slots__ = (
+        "attributes", "index", "inputs", "label", "op", "output", "scope", "sizes", "within",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -160,7 +163,9 @@ class Term:
         scope: str,
         label: str,
         within: str = "",
+        sizes: Sequence[Value] = (),
     ) -> None:
+        self.sizes = tuple(sizes)
         self.op = op
         self.inputs = tuple(inputs)
         self.output = output
@@ -173,7 +178,7 @@ class Term:
         for value in self.operands:
             value.consumers.append(self)
         if op is not Op.OPAQUE or self.operands:
-            output.constant = all(value.constant for value in self.operands)
+            output.constant = all(value.constant for value in (*self.operands, *self.sizes))
 
     @property
     def operands(self) -> tuple[Value, ...]:

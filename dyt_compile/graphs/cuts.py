@@ -38,7 +38,7 @@ def stages(graph: Graph, sites: Sequence[NormSite]) -> tuple[Stage, ...]:
     last = dict(born)
     answers = {site.output for site in sites}
     for value in needed - answers:
-        for operand in () if value.producer is None else value.producer.operands:
+        for operand in _read(value):
             if operand in last:
                 last[operand] = max(last[operand], born[value])
     for number, site in enumerate(sites):
@@ -65,9 +65,15 @@ def _needed(graph: Graph, sites: Sequence[NormSite]) -> set[Value]:
         if value in needed or value.constant:
             continue
         needed.add(value)
-        if value not in answers and value.producer is not None:
-            pending.extend(value.producer.operands)
+        if value not in answers:
+            pending.extend(_read(value))
     return needed
+
+
+def _read(value: Value) -> tuple[Value, ...]:
+    """What a value is computed from, lengths that come from the inputs among it."""
+    term = value.producer
+    return () if term is None else (*term.operands, *term.sizes)
 
 
 def _place(value: Value) -> int:

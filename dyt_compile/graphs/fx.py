@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from operator import getitem
 from types import MappingProxyType
 from typing import Any
 
@@ -245,6 +246,7 @@ class FxGraph:
         term = Term(
             meant.op, inputs, value, meant.attributes,
             index=self._order[node], scope=_scope(node), label=_label(node),
+            sizes=[v for v in map(self._values.__getitem__, _reads(node, said)) if v not in inputs],
         )  # fmt: skip
         self.terms.append(term)
 
@@ -459,6 +461,12 @@ def ancestors(stop: Iterable[torch.fx.Node], known: set[torch.fx.Node]) -> set[t
         seen.add(node)
         pending.extend(n for n in node.all_input_nodes if n not in known and n not in seen)
     return seen
+
+
+def _reads(node: torch.fx.Node, said: Said | None) -> list[torch.fx.Node]:
+    """What a node reads; of one of several results, what the node reads that makes them all."""
+    source = node.args[0] if node.target is getitem and said is not None else node
+    return source.all_input_nodes if isinstance(source, torch.fx.Node) else []
 
 
 def _scope(node: torch.fx.Node) -> str:

@@ -205,6 +205,7 @@ class OnnxGraph:
             term = Term(
                 meant.op, inputs, value, meant.attributes,
                 index=self._order[node], scope=_scope(node), label=node.op_type, within=within,
+                sizes=[v for v in map(self._values.__getitem__, _read_by(node)) if v not in inputs],
             )  # fmt: skip
             self.terms.append(term)
 
