@@ -30,6 +30,7 @@ __all__ = [
     "against_weight",
     "cannot",
     "carried",
+    "is_fixed",
     "is_quantised",
     "leaves",
     "narrowed",
@@ -389,7 +390,7 @@ def _product(walk: _Walk, term: Term) -> Array | str:
     (place,) = places
     array = walk.arrays[term.inputs[place]]  # type: ignore[index]
     other = term.inputs[1 - place]
-    by_activation = isinstance(other, Value) and not other.constant
+    by_activation = other is not None and not is_fixed(other)
     if walk.kind is Kind.SCALE:
         walk.modulated |= by_activation
         return array
@@ -419,7 +420,7 @@ def _sum(walk: _Walk, term: Term) -> Array | Uptake | str:
     if len(signed) == 2:
         return np.asarray(signed[0] + signed[1])
     other = term.inputs[1 - places[0]]
-    if isinstance(other, Value) and not other.constant:
+    if other is not None and not is_fixed(other):
         return _added(walk, term, arrays)
     takes = term.op is Op.ADD and isinstance(other, Value) and readers(other) == {term}
     return Uptake(term, places[0], signed[0]) if takes else signed[0]
@@ -441,7 +442,7 @@ def _added(walk: _Walk, term: Term, arrays: Sequence[Array]) -> str:
 
 def _matmul(walk: _Walk, term: Term) -> Array | Uptake | str:
     places = [place for place in (0, 1) if term.inputs[place] in walk.arrays]
-    if len(places) != 1 or not _is_constant(term.inputs[1 - places[0]]):
+    if len(places) != 1 or not _is_weight(term.inputs[1 - places[0]]):
         return f"the product with another activation {_named(term)}"
     (place,) = places
     uptake = Uptake(term, place, walk.arrays[term.inputs[place]])  # type: ignore[index]
@@ -449,7 +450,7 @@ def _matmul(walk: _Walk, term: Term) -> Array | Uptake | str:
 
 
 def _convolution(walk: _Walk, term: Term) -> Array | Uptake | str:
-    if term.inputs[0] not in walk.arrays or not _is_constant(term.inputs[1]):
+    if term.inputs[0] not in walk.arrays or not _is_weight(term.inputs[1]):
         return f"the product with another activation {_named(term)}"
     if walk.kind is Kind.SHIFT and term.attributes["padded"]:
         return f"the zero padding of {_named(term)}"
@@ -466,7 +467,7 @@ def _taken(walk: _Walk, uptake: Uptake) -> Array | Uptake | str:
     if walk.kind is Kind.SCALE or term.op is Op.CONVOLUTION:
         return uptake
     if bias is not None:
-        if _is_constant(bias):
+        if _is_weight(bias):
             return uptake
         return f"the addition of another activation {_named(term)}"
     return _beyond(walk, uptake)
@@ -542,8 +543,23 @@ def _against_kernel(array: Array, shape: Shape, groups: int) -> Array | None:
     return np.repeat(by_group, out // groups, axis=0).reshape(out, inner, *(1,) * (len(shape) - 2))
 
 
-def _is_constant(operand: Value | float | None) -> bool:
-    return isinstance(operand, Value) and operand.constant
+def _is_weight(operand: Value | float | None) -> bool:
+    return isinstance(operand, Value) and is_fixed(operand)
+
+
+def is_fixed(operand: Value | float) -> bool:
+    """Whether an operand is the same on every call: not even its shape depends on the inputs."""
+    if not isinstance(operand, Value):
+        return True
+    pending, seen = [operand], {operand}
+    while pending:
+        value = pending.pop()
+        if not value.constant or None in (value.shape or ()):
+            return False
+        new = [] if value.producer is None else value.producer.operands
+        pending.extend(v for v in new if v not in seen)
+        seen.update(new)
+    return True
 
 
 class _StandIns:
@@ -648,15 +664,14 @@ def with_folds(site: NormSite, outputs: Mapping[str, Value]) -> NormSite:
     """The site, with what its readers can take up and what stops the rest."""
     if site.channels is None or site.output.shape is None:
         return replace(site, folds=(), unfolded="its number of channels is unknown")
+    names = {Kind.SCALE: "gamma", Kind.SHIFT: "beta"}
+    kinds = [kind for kind in Kind if not site.kind.lossless or names[kind] in site.affine]
     # Numbers all different, so that no scale is taken for the same at two places.
     array = np.random.default_rng(0).uniform(0.5, 1.5, site.parameter_shape)
-    found = {kind: carried(site.output, array, kind, outputs) for kind in Kind}
+    found = {kind: carried(site.output, array, kind, outputs) for kind in kinds}
     stops = {kind: stop for kind, stop in found.items() if isinstance(stop, Stop)}
-    folds = tuple(kind.name for kind in Kind if kind not in stops)
-    names = {"SCALE": "gamma", "SHIFT": "beta"}
-    return replace(
-        site, folds=tuple(names[name] for name in folds), unfolded=_told(stops, site.output)
-    )
+    folds = tuple(names[kind] for kind in kinds if kind not in stops)
+    return replace(site, folds=folds, unfolded=_told(stops, site.output))
 
 
 def _told(stops: Mapping[Kind, Stop], value: Value) -> str:

@@ -13,6 +13,7 @@ from .channels import (
     Uptake,
     Weights,
     against_weight,
+    is_fixed,
     is_quantised,
     narrowed,
     ranked,
@@ -147,7 +148,8 @@ def _product(term: Term, array: Array, kind: Kind) -> _Step | None:
 
 def _sum(term: Term, array: Array, kind: Kind) -> _Step | None:
     place = _constant_place(term)
-    if place is None or not isinstance(term.inputs[place], Value):
+    operand = None if place is None else term.inputs[place]
+    if place is None or not isinstance(operand, Value) or not is_fixed(operand):
         return None
     change = Change(term, place, kind, array)
     source = None if kind is Kind.SHIFT else term.inputs[1 - place]
@@ -166,9 +168,9 @@ def _dyt(term: Term, array: Array, kind: Kind) -> _Step | None:
 def _weighted(term: Term, array: Array, kind: Kind) -> _Step | None:
     """A product with a constant weight, whose output is scaled or shifted per channel."""
     weight, bias = term.inputs[1], term.inputs[2]
-    if not isinstance(weight, Value) or not weight.constant or weight.shape is None:
+    if not isinstance(weight, Value) or not is_fixed(weight) or weight.shape is None:
         return None
-    if bias is not None and not (isinstance(bias, Value) and bias.constant):
+    if bias is not None and not is_fixed(bias):
         return None
     channel = -1 if term.op is Op.MATMUL else 1 - len(weight.shape)
     if any(size > 1 for axis, size in enumerate(array.shape, -array.ndim) if axis != channel):

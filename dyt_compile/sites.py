@@ -39,8 +39,8 @@ class NormSite:
     affine: which of "gamma", "beta" the site applies; consumers: operators that read it.
     parallel_residual: another site normalizes the same value.
     tied_to: the site of the module's first call, None for that itself; both share their values.
-    folds: which of "gamma", "beta" all readers can take up in their weights, exactly, whether the
-    site has them now or gets them with DyT; unfolded: in one sentence, why the others cannot.
+    folds: which of "gamma", "beta" all readers can take up in their weights, exactly; of a DyT
+    those that it has, of a norm both. unfolded: why not the others, in one sentence.
     """
 
     name: str

@@ -14,7 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from ..channels import Array, Kind, Stop, Uptake, cannot, carried, leaves, narrowed, product
+from ..channels import (
+    Array,
+    Kind,
+    Stop,
+    Uptake,
+    cannot,
+    carried,
+    is_fixed,
+    leaves,
+    narrowed,
+    product,
+)
 from ..dyt import FORMS, Form
 from ..errors import RewriteError
 from ..graphs.base import Edit, Graph, Stored
@@ -122,7 +133,7 @@ def _computed(graph: Graph) -> Iterator[Value]:
 def _worth_storing(value: Value) -> bool:
     """Whether a constant is made of parameters by arithmetic that is the same on every call."""
     terms, pending = set[Term](), [value]
-    if not (value.dtype or "").startswith(("float", "bfloat")):
+    if not (value.dtype or "").startswith(("float", "bfloat")) or not is_fixed(value):
         return False
     while pending:
         term = pending.pop().producer
@@ -244,6 +255,8 @@ class _Folder:
         (place,) = constant
         source, operand = term.inputs[1 - place], term.inputs[place]
         if not isinstance(source, Value) or not _same_type(source, term.output):
+            return None
+        if operand is None or not is_fixed(operand):
             return None
         if isinstance(operand, Value) and sum(s != 1 for s in operand.shape or ()) > 1:
             return None

@@ -51,7 +51,7 @@ def _site_table(sites: Sequence[NormSite]) -> Table:
             "?" if site.channels is None else str(site.channels),
             "" if site.kind.lossless else f"{site.eps:g}",
             " ".join(symbols[name] for name in site.affine),
-            " ".join(symbols[name] for name in site.folds) or "no",
+            " ".join(symbols[name] for name in site.folds) or ("no" if site.unfolded else ""),
             _counted(site.consumers),
         )
 
