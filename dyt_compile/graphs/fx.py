@@ -260,7 +260,7 @@ class FxGraph:
         self.terms += speak(
             meant, value, self._known,
             index=self._order[node], scope=_scope(node), label=_label(node), within=within,
-            reads=[self._values[x] for x in node.all_input_nodes],
+            reads=[self._values[x] for x in _reads(node, said)],
         )  # fmt: skip
 
     def _known(self, operand: Any) -> Value | float | None:
@@ -518,6 +518,12 @@ def ancestors(stop: Iterable[torch.fx.Node], known: set[torch.fx.Node]) -> set[t
         seen.add(node)
         pending.extend(n for n in node.all_input_nodes if n not in known and n not in seen)
     return seen
+
+
+def _reads(node: torch.fx.Node, said: Said | None) -> list[torch.fx.Node]:
+    """What a node reads; of one of several results, what the node reads that makes them all."""
+    source = node.args[0] if node.target is getitem and said is not None else node
+    return source.all_input_nodes if isinstance(source, torch.fx.Node) else []
 
 
 def _scope(node: torch.fx.Node) -> str:
