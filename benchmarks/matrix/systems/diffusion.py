@@ -10,8 +10,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from .. import drawn
 from ..system import Inputs, System, is_norm, is_refused
-from . import drawn
 
 __all__ = ["SYSTEMS"]
 

@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
+from .. import drawn
 from ..system import Inputs, System
-from . import drawn
 
 __all__ = ["SYSTEMS"]
 

@@ -13,8 +13,8 @@ from timm.layers import GatedMlp
 from torch import nn
 from transformers import PretrainedConfig
 
+from .. import drawn
 from ..system import Inputs, System, is_norm, is_refused
-from . import drawn
 
 __all__ = ["SYSTEMS"]
 
