@@ -177,7 +177,7 @@ SYSTEMS = (
         ),
     ),
     _system(
-        "Qwen3-Next", transformers.Qwen3NextForCausalLM,
+        "Qwen3-Next hybrid", transformers.Qwen3NextForCausalLM,
         transformers.Qwen3NextConfig(
             **DEEP, **ATTENTION, head_dim=16, linear_key_head_dim=8, linear_value_head_dim=8,
             linear_num_key_heads=2, linear_num_value_heads=4, num_experts=0,
