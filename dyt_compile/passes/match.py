@@ -79,9 +79,12 @@ class _Found:
     refusals: list[tuple[float, Refusal]] = field(default_factory=list)
     claimed: set[Term] = field(default_factory=set)
 
-    def refuse(self, term: Term, reason: str, kind: NormKind = NormKind.OTHER) -> None:
+    def refuse(
+        self, term: Term, reason: str, kind: NormKind = NormKind.OTHER, name: str = ""
+    ) -> None:
         """Take in that the norm which ends in `term` stays, and why."""
-        self.refusals.append((term.index, Refusal(term.scope or term.output.name, kind, reason)))
+        named = name or term.scope or term.output.name
+        self.refusals.append((term.index, Refusal(named, kind, reason)))
 
 
 def match(graph: Graph) -> Match:
@@ -420,7 +423,9 @@ def _add(found: _Found, term: Term, site: NormSite | None) -> None:
         found.sites.append(site)
     elif not site.kind.lossless:
         found.refuse(
-            term, f"it stands inside {term.within}, where its activations cannot be observed"
+            term,
+            f"it stands inside {term.within}, where its activations cannot be observed",
+            name=site.name,
         )
 
 
