@@ -11,7 +11,7 @@ from torch import nn
 
 from .system import Inputs
 
-__all__ = ["built", "token_inputs", "tokens"]
+__all__ = ["built", "square_mask", "token_inputs", "tokens"]
 
 SPREAD = 0.1
 """Of gammas and betas around their initial value: exporters fold away the ones and zeros of a
@@ -28,7 +28,7 @@ def built(architecture: str, settings: dict[str, Any]) -> nn.Module:
             if "Norm" in type(module).__name__:
                 for parameter in module.parameters(recurse=False):
                     parameter.add_(torch.randn_like(parameter), alpha=SPREAD)
-    return model
+    return model.to(torch.get_default_device())  # torch.Tensor(n) does not heed it: HuBERT's mask
 
 
 def tokens(model: nn.Module, samples: int, seed: int, length: int) -> torch.Tensor:
@@ -45,15 +45,25 @@ def token_inputs(
     seed: int,
     names: Sequence[str] = ("input_ids",),
     length: int = 6,
+    square: bool = True,
 ) -> Inputs:
     """Random tokens under each of the given names, and the mask that a tokenizer gives beside them.
 
     Without the mask a decoder looks for packed sequences, in operators that the exporters lack. A
-    meta tensor has no values, so that a model cannot ask whether it masks anything: none there.
+    meta tensor has no values, so that a model cannot ask whether it masks anything: there the masks
+    are the square ones that most models take as they are, or none.
     """
     kwargs = {
         name: tokens(model, samples, seed + place, length) for place, name in enumerate(names)
     }
     if model.device.type != "meta":
         kwargs["attention_mask"] = torch.ones(samples, length, dtype=torch.int64)
+    elif square:
+        masks = [name.replace("input_ids", "attention_mask") for name in names]
+        kwargs |= dict.fromkeys(masks, square_mask(samples, length))
     return Inputs(kwargs=kwargs)
+
+
+def square_mask(samples: int, length: int) -> torch.Tensor:
+    """A mask on the meta device that a model takes as it is: a row of keys for each query."""
+    return torch.ones(samples, 1, length, length, dtype=torch.bool, device="meta")

@@ -217,6 +217,7 @@ DECODERS = (
             "num_attention_heads": 32,
             "use_cache": False,
         },
+        inputs=partial(token_inputs, square=False),  # it counts its positions in the mask
     ),
     _system(
         "Bloom",
@@ -230,7 +231,9 @@ DECODERS = (
         {**ENCODER, "new_decoder_architecture": True, "num_kv_heads": 2, "use_cache": False},
     ),
     _system("Mistral", "MistralForCausalLM", DECODER, NO_CACHE),
-    _system("Mixtral", "MixtralForCausalLM", {**DECODER, **EXPERTS}, NO_CACHE),
+    _system(
+        "Mixtral", "MixtralForCausalLM", {**DECODER, **EXPERTS}, {**BATCHED_EXPERTS, **NO_CACHE}
+    ),
     _system(
         "Qwen2",
         "Qwen2ForCausalLM",
@@ -344,7 +347,7 @@ DECODERS = (
             "v_head_dim": 8,
             "first_k_dense_replace": 1,
         },
-        NO_CACHE,
+        {**BATCHED_EXPERTS, **NO_CACHE},
     ),
     _system("gpt-oss", "GptOssForCausalLM", {**DECODER, **EXPERTS, "head_dim": 8}),
     _system("GLM-4", "Glm4ForCausalLM", {**DECODER, "head_dim": 8}),

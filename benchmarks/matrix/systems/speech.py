@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..from_config import built, tokens
+from ..from_config import built, square_mask, tokens
 from ..system import Inputs, System, is_norm
 
 __all__ = ["SYSTEMS"]
@@ -61,6 +61,8 @@ def _signal(
     kwargs = {name: signal.to(model.device)}
     for key, length in (words or {}).items():
         kwargs[key] = tokens(model, samples, seed, length)
+        if model.device.type == "meta":  # else it looks at the values for packed sequences
+            kwargs[key.replace("input_ids", "attention_mask")] = square_mask(samples, length)
     return Inputs(kwargs=kwargs)
 
 
