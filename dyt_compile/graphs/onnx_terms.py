@@ -358,15 +358,27 @@ def _decimal(eps: float) -> float:
 def _instance_norm(node: ir.Node) -> Said:
     """InstanceNorm; LayerNorm where the one axis of its statistics holds the channels.
 
-    That is so where no gamma and beta stand before, and where the axis is the input's own: a
-    GroupNorm is written with an axis into which channels and space were put together.
+    That is so where a gamma along that axis follows, where none stands before, and where the axis
+    is the input's own: a GroupNorm is written with an axis into which channels and space were put
+    together, and one with a channel a group (wav2vec 2.0) has its gamma along another axis.
     """
     x = _first(node)
-    own = x.shape is not None and len(x.shape) == 3 and _keeps_last(x)
+    own = x.shape is not None and len(x.shape) == 3 and _keeps_last(x) and _scaled_along_last(node)
     if not own or not _all(node.inputs[1], 1.0) or not _all(node.inputs[2], 0.0):
         return Said(Op.INSTANCE_NORM, (x,))
     eps = node.attributes.get_float("epsilon", 1e-5)
     return Said(Op.LAYER_NORM, (x, None), {"axes": (-1,), "eps": _decimal(eps)})
+
+
+def _scaled_along_last(node: ir.Node) -> bool:
+    """Whether a constant along its last axis multiplies the result, or a Reshape of it."""
+    following = [use.node for use in node.outputs[0].uses()]
+    if len(following) == 1 and following[0].op_type == "Reshape":
+        following = [use.node for use in following[0].outputs[0].uses()]
+    if len(following) != 1 or following[0].op_type != "Mul":
+        return False
+    shapes = [tensor.shape for tensor in map(stored, following[0].inputs) if tensor is not None]
+    return any(len(shape) > 0 and shape[-1] not in (0, 1) for shape in shapes)
 
 
 def _keeps_last(value: ir.Value) -> bool:

@@ -284,6 +284,20 @@ OTHERS = (
         NormKind.INSTANCE_NORM, "space or time",
         more="float[2] gs = {1, 1}, float[2] bs = {0, 0}",
     ),
+    Other(  # as in wav2vec 2.0: x holds channels, then time
+        "group_norm_of_a_channel_a_group",
+        "r = Constant<value_ints=[0, 6, -1]>() h = Reshape(x, r) "
+        "i = InstanceNormalization(h, gs, bs) l = Shape(x) k = Reshape(i, l) "
+        "z = Mul(k, gc) y = Add(z, gc)",
+        NormKind.INSTANCE_NORM, "space or time",
+        more="float[6] gs = {1, 1, 1, 1, 1, 1}, float[6] bs = {0, 0, 0, 0, 0, 0}, "
+        "float[6,1] gc = {1, 2, 3, 4, 5, 6}",
+    ),
+    Other(
+        "instance_norm_alone", "y = InstanceNormalization(x, gs, bs)", NormKind.INSTANCE_NORM,
+        "space or time",
+        more="float[6] gs = {1, 1, 1, 1, 1, 1}, float[6] bs = {0, 0, 0, 0, 0, 0}",
+    ),
     Other(
         "group_norm_of_two_groups", "y = GroupNormalization<num_groups=2>(x, g, b)",
         NormKind.GROUP_NORM, "groups", x="float[N,8] x", y="float[N,8] y", opset=21,
