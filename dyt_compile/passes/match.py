@@ -234,7 +234,7 @@ def _per_channel(piece: Piece, proof: Proof) -> Miss | None:
             return OTHER_SHAPE
         varying = [axis for axis in range(-len(shape), 0) if shape[axis] != 1 and axis not in axes]
         # Heads may have channels of their own; samples and tokens may not.
-        allowed = 0 if x is None else max(len(x) - 3, 0)
+        allowed = 0 if x is None or axes != (-1,) else max(len(x) - 3, 0)
         if len(varying) > allowed:
             return OTHER_SHAPE
     bare = proof.gamma is None and proof.beta is None
