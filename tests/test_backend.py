@@ -288,6 +288,30 @@ def test_whole_model_without_a_forward_of_its_own_resolves_its_paths() -> None:
         assert _close(torch.compile(model, backend=made)(x), result.model(x))
 
 
+class Looking(nn.Module):
+    """Looks its attributes up itself, as the models of diffusers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.layer(x))
+        return y
+
+
+def test_model_with_a_getattr_of_its_own_resolves_its_paths() -> None:
+    model, x = Looking().eval(), _inputs()
+    result = _converted(model)
+    made = dyt_compile.backend(calibration=_calibration(result), inner="eager")
+    with torch.no_grad():
+        assert _close(torch.compile(model, backend=made)(x), result.model(x))
+
+
 def test_norm_without_affine_is_kept_where_its_path_does_not_resolve(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

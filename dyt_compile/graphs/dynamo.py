@@ -434,6 +434,8 @@ def _path(node: Node) -> str:
 
 def _split(path: str) -> tuple[str, str]:
     """("L['self']", "blocks.0.norm") for "L['self'].blocks._modules['0'].norm"."""
+    # Through `__dict__` where a model has a `__getattr__` of its own, as those of diffusers.
+    path = re.sub(r"\.__dict__\['(_(?:modules|parameters|buffers))'\]", r".\1", path)
     path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
     while path != (plain := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", path)):
         path = plain
