@@ -253,7 +253,7 @@ def speak(
             return known(meant)
         part = Value(None, f"{output.name}/{meant.op.name.lower()}", None, output.dtype)
         operands = [operand(x) for x in meant.operands]
-        between = index - 1 + (len(terms) + 1) / PARTS
+        between = index - 1 + (len(terms) + 1) / MOST_PARTS
         terms.append(
             Term(
                 meant.op, operands, part, meant.attributes,
@@ -274,7 +274,7 @@ def speak(
     return terms
 
 
-PARTS = 64
+MOST_PARTS = 64
 """More parts than any node has: each has a place between the node before it and its own."""
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from .system import Inputs
+from .system import Inputs, System, is_norm, is_refused
 
-__all__ = ["built", "square_mask", "token_inputs", "tokens"]
+__all__ = ["built", "square_mask", "system", "token_inputs", "tokens"]
 
 SPREAD = 0.1
 """Of gammas and betas around their initial value: exporters fold away the ones and zeros of a
@@ -29,6 +30,30 @@ def built(architecture: str, settings: dict[str, Any]) -> nn.Module:
                 for parameter in module.parameters(recurse=False):
                     parameter.add_(torch.randn_like(parameter), alpha=SPREAD)
     return model.to(torch.get_default_device())  # torch.Tensor(n) does not heed it: HuBERT's mask
+
+
+def system(
+    name: str,
+    group: str,
+    architecture: str,
+    small: dict[str, Any],
+    full: dict[str, Any] | None = None,
+    *,
+    inputs: Callable[[nn.Module, int, int], Inputs],
+    norms: Callable[[nn.Module], bool] = is_norm,
+    refused: Callable[[nn.Module], bool] = is_refused,
+) -> System:
+    """An architecture of transformers at the sizes of two configurations."""
+    return System(
+        name=name,
+        group=group,
+        source=f"transformers.{architecture}",
+        small=partial(built, architecture, small),
+        inputs=inputs,
+        full=None if full is None else partial(built, architecture, full),
+        is_norm=norms,
+        is_refused=refused,
+    )
 
 
 def tokens(model: nn.Module, samples: int, seed: int, length: int) -> torch.Tensor:

@@ -104,8 +104,7 @@ def match(graph: Graph) -> Match:
         elif term.op in WHOLE_NORMS:
             _settle(term, prover, outputs, found, whole=True)
         elif term.op is Op.FUSED_NORM:
-            name, reason = term.scope or term.output.name, str(term.attributes["reason"])
-            found.refusals.append((term.index, Refusal(name, NormKind.OTHER, reason)))
+            found.refuse(term, str(term.attributes["reason"]))
         elif term.op is Op.DYT:
             _add(found, term, _whole_dyt(term))
         elif term.op in (Op.TANH, Op.ERF):

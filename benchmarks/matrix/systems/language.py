@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..from_config import built, token_inputs
+from ..from_config import system, token_inputs
 from ..system import Inputs, System, is_norm, is_refused
 
 __all__ = ["SYSTEMS"]
@@ -57,15 +57,8 @@ def _system(
     norms: Callable[[nn.Module], bool] = is_norm,
     refused: Callable[[nn.Module], bool] = is_refused,
 ) -> System:
-    return System(
-        name=name,
-        group="language",
-        source=f"transformers.{architecture}",
-        small=partial(built, architecture, small),
-        inputs=inputs,
-        full=None if full is None else partial(built, architecture, full),
-        is_norm=norms,
-        is_refused=refused,
+    return system(
+        name, "language", architecture, small, full, inputs=inputs, norms=norms, refused=refused
     )
 
 

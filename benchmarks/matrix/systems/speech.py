@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..from_config import built, square_mask, tokens
-from ..system import Inputs, System, is_norm
+from ..from_config import built, square_mask, system, tokens
+from ..system import Inputs, System
 
 __all__ = ["SYSTEMS"]
 
@@ -73,20 +73,7 @@ def _system(
     full: dict[str, Any] | None = None,
     inputs: Callable[[nn.Module, int, int], Inputs] = _signal,
 ) -> System:
-    return System(
-        name=name,
-        group="speech",
-        source=f"transformers.{architecture}",
-        small=partial(built, architecture, small),
-        inputs=inputs,
-        full=None if full is None else partial(built, architecture, full),
-        is_norm=_is_norm,
-    )
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Not the encoders and layers that are called "StableLayerNorm" for the norms they hold."""
-    return is_norm(module) and "Encoder" not in type(module).__name__
+    return system(name, "speech", architecture, small, full, inputs=inputs)
 
 
 def _with_weight_norm(architecture: str, settings: dict[str, Any]) -> nn.Module:
