@@ -11,15 +11,16 @@ from __future__ import annotations
 import enum
 import heapq
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from .constants import QUANTISED, is_fixed, is_quantised, readers
 from .sites import NormSite
 from .terms import SHAPE_READERS, Op, Term, Value
+from .views import LARGEST, Array, Shape, viewed
 
 __all__ = [
     "Array",
@@ -30,28 +31,16 @@ __all__ = [
     "against_weight",
     "cannot",
     "carried",
-    "is_fixed",
-    "is_quantised",
-    "leaves",
     "narrowed",
     "product",
     "ranked",
-    "readers",
     "spoken",
     "takes_value",
-    "viewed",
     "with_folds",
 ]
 
-Array = npt.NDArray[np.float64]
-Shape = Sequence["int | None"]
-
-LARGEST = 1 << 22
-"""Elements of a carried array; a scale that differs at more places is no scale per channel."""
 
 OUTPUT = "the model's output"
-
-QUANTISED = ("quant", "NBits", "QLinear", "MatMulInteger", "ConvInteger")
 
 SPOKEN = {
     "attention": ("attention", "Attention"),
@@ -242,67 +231,6 @@ def _reshaped(array: Array, term: Term) -> Array:
 def _viewed(array: Array, term: Term) -> Array | None:
     before, after = term.operands[0].shape, term.output.shape
     return None if before is None or after is None else viewed(array, before, after)
-
-
-def viewed(array: Array, before: Shape, after: Shape) -> Array | None:
-    """`array`, which broadcasts against shape `before`, where its value is viewed as `after`.
-
-    None where channels would be mixed with an axis of unknown length.
-    """
-    full: list[int] = list(array.shape)
-    shape = [1] * len(after)
-    for ours, theirs in _blocks(before, after):
-        if all(array.shape[axis] == 1 for axis in ours):
-            continue
-        for axis in ours:
-            size = before[axis]
-            if size is None:
-                return None
-            full[axis] = size
-        for axis in theirs:
-            shape[axis] = after[axis] or 0
-    if math.prod(full) > LARGEST or math.prod(full) != math.prod(shape):
-        return None
-    return np.broadcast_to(array, full).reshape(shape)
-
-
-def _blocks(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
-    """The smallest groups of axes that a view turns into each other; the unknown rest is one."""
-    end, end_after = len(before), len(after)
-    for ours, theirs in _matched(before[::-1], after[::-1]):
-        yield (
-            range(len(before) - ours.stop, end),
-            range(len(after) - theirs.stop, end_after),
-        )
-        end, end_after = len(before) - ours.stop, len(after) - theirs.stop
-    start = start_after = 0
-    for ours, theirs in _matched(before[:end], after[:end_after]):
-        yield ours, theirs
-        start, start_after = ours.stop, theirs.stop
-    yield range(start, end), range(start_after, end_after)
-
-
-def _matched(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
-    """Groups of equal, known size from the start on."""
-    i = j = 0
-    while i < len(before) and j < len(after):
-        i_end, j_end = i + 1, j + 1
-        size, size_after = before[i], after[j]
-        while size is not None and size_after is not None and size != size_after:
-            if size < size_after:
-                if i_end == len(before):
-                    return
-                factor = before[i_end]
-                size, i_end = None if factor is None else size * factor, i_end + 1
-            else:
-                if j_end == len(after):
-                    return
-                factor = after[j_end]
-                size_after, j_end = None if factor is None else size_after * factor, j_end + 1
-        if size is None or size_after is None:
-            return
-        yield range(i, i_end), range(j, j_end)
-        i, j = i_end, j_end
 
 
 def _transposed(array: Array, term: Term) -> Array:
@@ -547,21 +475,6 @@ def _is_weight(operand: Value | float | None) -> bool:
     return isinstance(operand, Value) and is_fixed(operand)
 
 
-def is_fixed(operand: Value | float) -> bool:
-    """Whether an operand is the same on every call: not even its shape depends on the inputs."""
-    if not isinstance(operand, Value):
-        return True
-    pending, seen = [operand], {operand}
-    while pending:
-        value = pending.pop()
-        if not value.constant or None in (value.shape or ()):
-            return False
-        new = [] if value.producer is None else value.producer.operands
-        pending.extend(v for v in new if v not in seen)
-        seen.update(new)
-    return True
-
-
 class _StandIns:
     """Numbers all different in place of constants whose values do not matter."""
 
@@ -583,39 +496,6 @@ class _StandIns:
         return np.random.default_rng(0).uniform(0.5, 1.5, sizes)
 
 
-# Who else reads a weight.
-
-
-def leaves(constant: Value) -> set[Value]:
-    """The stored tensors that a constant is computed from."""
-    found: set[Value] = set()
-    pending, seen = [constant], {constant}
-    while pending:
-        value = pending.pop()
-        if value.producer is None:
-            found.add(value)
-            continue
-        new = [v for v in value.producer.operands if v not in seen]
-        seen.update(new)
-        pending.extend(new)
-    return found
-
-
-def readers(constant: Value) -> set[Term]:
-    """The terms that read what a constant is computed from, constants between left out."""
-    pending = [leaf for leaf in leaves(constant) if leaf.scalar is None]
-    found: set[Term] = set()
-    seen = set(pending)
-    while pending:
-        for term in pending.pop().consumers:
-            if not term.output.constant:
-                found.add(term)
-            elif term.output not in seen:
-                seen.add(term.output)
-                pending.append(term.output)
-    return found
-
-
 def _tied(uptakes: Sequence[Uptake]) -> Stop | None:
     """A stop where a weight that would be scaled is read by something else."""
     terms = {uptake.term for uptake in uptakes}
@@ -627,18 +507,6 @@ def _tied(uptakes: Sequence[Uptake]) -> Stop | None:
             cause = f"the weight of {_named(uptake.term)}, which is tied with {_named(other)}"
             return Stop(cause, tied=True)
     return None
-
-
-def is_quantised(weight: Value) -> bool:
-    """Whether a constant is computed from quantised numbers."""
-    pending = [weight]
-    while pending:
-        term = pending.pop().producer
-        if term is not None:
-            if any(part in term.label for part in QUANTISED):
-                return True
-            pending.extend(term.operands)
-    return False
 
 
 # In words.

@@ -13,16 +13,14 @@ from .channels import (
     Uptake,
     Weights,
     against_weight,
-    is_fixed,
-    is_quantised,
     narrowed,
     ranked,
-    readers,
     spoken,
     takes_value,
-    viewed,
 )
+from .constants import is_fixed, is_quantised, readers
 from .terms import Op, Term, Value
+from .views import viewed
 
 __all__ = ["Change", "changes", "holds_bias", "pulled"]
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dyt_compile
-from dyt_compile.channels import viewed
 from dyt_compile.sites import NormSite
+from dyt_compile.views import viewed
 
 C, T, H = 12, 5, 3
 BOTH = ("gamma", "beta")

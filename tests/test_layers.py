@@ -19,7 +19,7 @@ LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress"),
     ("terms", "batches", "files", "fits", "metrics", "nn", "huggingface"),
-    ("sites", "proof", "calibration", "channels", "producers"),
+    ("sites", "proof", "calibration", "channels", "constants", "producers", "views"),
     # a model as a graph, and what runs it
     ("graphs", "runtime"),
     # the user's samples as native values of a graph

@@ -21,11 +21,10 @@ from ..channels import (
     Uptake,
     cannot,
     carried,
-    is_fixed,
-    leaves,
     narrowed,
     product,
 )
+from ..constants import is_fixed, leaves
 from ..dyt import FORMS, Form
 from ..errors import RewriteError
 from ..graphs.base import Edit, Graph, Stored
