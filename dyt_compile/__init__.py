@@ -9,6 +9,7 @@ __all__ = [
     "Calibration",
     "Conversion",
     "DytCompileError",
+    "EngineReport",
     "Folded",
     "InductorPass",
     "Match",
@@ -18,6 +19,7 @@ __all__ = [
     "Report",
     "__version__",
     "backend",
+    "build_engine",
     "convert",
     "export_onnx",
     "fold",
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
     from .calibration import Calibration
     from .compiler import Conversion, convert, fold, inspect
     from .errors import DytCompileError
+    from .exporters.engine_report import EngineReport
     from .exporters.onnx import export_onnx
+    from .exporters.tensorrt import build_engine
     from .passes.fold import Folded
     from .report import Report
     from .sites import Match, NormKind, NormSite, Refusal
@@ -40,6 +44,7 @@ _HOMES = {
     "Calibration": "calibration",
     "Conversion": "compiler",
     "DytCompileError": "errors",
+    "EngineReport": "exporters.engine_report",
     "Folded": "passes.fold",
     "InductorPass": "backends",
     "Match": "sites",
@@ -48,6 +53,7 @@ _HOMES = {
     "Refusal": "sites",
     "Report": "report",
     "backend": "backends",
+    "build_engine": "exporters.tensorrt",
     "convert": "compiler",
     "export_onnx": "exporters.onnx",
     "fold": "compiler",

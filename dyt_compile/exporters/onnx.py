@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..compiler import Conversion
     from ..graphs.fx import FxGraph
 
-__all__ = ["OnnxExport", "export_onnx"]
+__all__ = ["OnnxExport", "export_onnx", "write"]
 
 OPSETS = range(18, 24)
 """Opsets that torch's exporter and ONNX Runtime both take."""
@@ -218,13 +218,18 @@ def _all_values(model: ir.Model) -> list[ir.Value]:
     return [*model.graph.inputs, *made]
 
 
-def _save(model: ir.Model, path: Path) -> int:
-    """Write the model; bytes of the file and of the weights beside it."""
+def write(model: ir.Model, path: Path) -> None:
+    """Write a model as a file of its own, large weights in another beside it."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     external = f"{path.name}.data" if weights > EMBEDDED_BYTES else None
     if external is None:
         ir.external_data.load_to_model(model)  # the weights may lie beside the file it came from
     ir.save(model, path, external_data=external)
+
+
+def _save(model: ir.Model, path: Path) -> int:
+    """Write the model, checked; bytes of the file and of the weights beside it."""
+    write(model, path)
     try:
         with _operators_of_onnx_runtime():
             onnx.checker.check_model(str(path), full_check=True)
