@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,7 +133,7 @@ def needs(
         "runtime": report.runtime,
         "library": f"{runtime.library}.{report.version.partition('.')[0]}",
         "version": report.version,
-        "compute_capabilities": [f"{name[2:-1]}.{name[-1]}" for name in report.targets],
+        "compute_capabilities": [_dotted(name) for name in report.targets],
         "lowering": report.lowering,
         "plugin_library": None if library is None else library.name,
         "plugins": dict(report.plugins),
@@ -148,3 +149,8 @@ def needs(
 
 def _tensors(answer: Sequence[Mapping[str, Any]]) -> tuple[EngineTensor, ...]:
     return tuple(EngineTensor(t["name"], t["dtype"], tuple(t["shape"])) for t in answer)
+
+
+def _dotted(target: str) -> str:
+    """ "sm89" as "8.9", "sm80+" as "8.0+"."""
+    return re.sub(r"sm(\d+)(\d)", r"\1.\2", target)

@@ -76,7 +76,8 @@ def build_engine(
     TensorRT's own fusion; "plugin" fuses the Add and the QuantizeLinear around every DyT into its
     node and binds our plugins, from `plugin_library`; "auto" builds both and keeps the faster,
     or the native one where there is no GPU to time them. target: compute capabilities such as
-    "sm89", of TensorRT-RTX alone; by default this machine's GPU. timing_cache: read if it exists,
+    "sm89", of TensorRT-RTX alone, which by default builds one engine for 8.0 and all later ones;
+    TensorRT builds for this machine's GPU. timing_cache: read if it exists,
     and written again, of "tensorrt" alone. layer_info: a JSON file for the fused layers.
 
     The types are those of the file: narrow it with `export_onnx(dtype=…)`, or quantize it by
@@ -170,9 +171,9 @@ def _request(
         raise OptionError(f"plugin library {str(library)!r} does not exist")
     found = installed(runtime)
     targets = (target,) if isinstance(target, str) else tuple(target or ())
-    if targets and not found.chooses_target:
+    if targets and not found.portable:
         raise OptionError(f"{found.title} builds for this machine's GPU: leave the target out")
-    if timing_cache is not None and found.chooses_target:
+    if timing_cache is not None and found.portable:
         raise OptionError(f"{found.title} has no timing cache: leave it out")
     model = _load(path)
     if lowering == "plugin" and not forms(model):
@@ -271,7 +272,7 @@ def _report(
         path=path,
         runtime=request.runtime.name,
         version=answer["version"],
-        targets=request.targets or tuple(filter(None, [answer["gpu"]])),
+        targets=request.targets or (request.runtime.portable or answer["gpu"],),
         lowering=built.lowering,
         plugins=built.plugins,
         network=network_of(answer["network"]),

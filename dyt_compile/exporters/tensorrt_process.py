@@ -25,7 +25,8 @@ class Runtime:
     """One of NVIDIA's two: its name, its package, that of its libraries, and how it is told of.
 
     library: what an engine needs at run time, without its version; program: what loads one on the
-    command line; extra: of this package; chooses_target: whether it builds for other GPUs.
+    command line; extra: of this package; portable: the compute capabilities that it builds for if
+    it is told none, "" where it builds for this machine's GPU alone.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Runtime:
     library: str
     program: str
     extra: str
-    chooses_target: bool
+    portable: str
 
     @property
     def libraries(self) -> Path | None:
@@ -46,10 +47,10 @@ class Runtime:
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
-        Runtime("tensorrt", "TensorRT", "tensorrt", "libnvinfer.so", "trtexec", "gpu", False),
+        Runtime("tensorrt", "TensorRT", "tensorrt", "libnvinfer.so", "trtexec", "gpu", ""),
         Runtime(
             "tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", "libtensorrt_rtx.so", "tensorrt_rtx",
-            "rtx", True,
+            "rtx", "sm80+",
         ),
     )
 }  # fmt: skip
