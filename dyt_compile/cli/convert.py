@@ -81,6 +81,10 @@ def convert(
     fold: Annotated[
         bool, typer.Option("--fold", help="Fold gamma, beta and scalars into weights (exact).")
     ] = False,
+    fuse: Annotated[
+        bool,
+        typer.Option("--fuse", help="Add and QuantizeLinear around a DyT into its node (exact)."),
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Replace norms of MODEL by Dynamic Tanh and write an ONNX file.
@@ -107,7 +111,9 @@ def convert(
             provider=provider,
             fold=fold,
         )
-        written = export_onnx(result, out, opset=opset, dtype=dtype.value, provider=provider)
+        written = export_onnx(
+            result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider
+        )
     if report is not None:
         result.report.save(report)
     if calibration is not None and result.calibration is not None:
