@@ -10,6 +10,10 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#if !defined(__CUDACC_RTC__)
+#include <cmath>
+#endif
+
 #define DYT_INLINE __host__ __device__ __forceinline__
 
 namespace dyt
@@ -26,6 +30,8 @@ enum class Squash
     kErf
 };
 
+// Stored types to float32, and back to nearest even: fp16 and bf16 overflow to infinity, INT8 and
+// FP8 E4M3 saturate. One element at a time,
 DYT_INLINE float widen(float value)
 {
     return value;
@@ -39,8 +45,12 @@ DYT_INLINE float widen(BFloat16 value)
     return __bfloat162float(value);
 }
 
-// float32 to the stored type, two neighbours at a time where one instruction converts two.
-// To nearest even; fp16 and bf16 overflow to infinity, INT8 and FP8 E4M3 saturate.
+union Bits
+{
+    float number;
+    unsigned bits;
+};
+
 DYT_INLINE void narrow(float value, float& to)
 {
     to = value;
@@ -55,14 +65,9 @@ DYT_INLINE void narrow(float value, BFloat16& to)
 }
 DYT_INLINE void narrow(float value, Int8& to)
 {
-    // Added to 1.5 * 2^23, a float of this size has no bits below 1: the addition rounds to nearest
-    // even and leaves the integer in the low bits. A NaN becomes -128.
-    union
-    {
-        float number;
-        int bits;
-    } rounded;
-    rounded.number = fminf(fmaxf(value, -128.0F), 127.0F) + 12582912.0F;
+    // A float of the size of 1.5 * 2^23 has no bits below 1: adding it rounds to nearest even and
+    // leaves the integer in the low bits. A NaN becomes -128.
+    Bits const rounded{fminf(fmaxf(value, -128.0F), 127.0F) + 12582912.0F};
     to = static_cast<Int8>(rounded.bits);
 }
 DYT_INLINE void narrow(float value, Float8& to)
@@ -70,30 +75,62 @@ DYT_INLINE void narrow(float value, Float8& to)
     to.__x = __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);
 }
 
+// or one word of four bytes at a time, for which there are instructions that convert pairs.
 template <typename T>
-DYT_INLINE void narrow_pair(float first, float second, T* to)
+constexpr int kPER_WORD = 4 / sizeof(T);
+
+DYT_INLINE void widen(unsigned word, float* to, float)
 {
-    narrow(first, to[0]);
-    narrow(second, to[1]);
+    Bits bits;
+    bits.bits = word;
+    to[0] = bits.number;
 }
-DYT_INLINE void narrow_pair(float first, float second, Half* to)
+DYT_INLINE void widen(unsigned word, float* to, Half)
 {
-    __half2 const pair = __floats2half2_rn(first, second);
+    float2 const pair = __half22float2(*reinterpret_cast<__half2 const*>(&word));
     to[0] = pair.x;
     to[1] = pair.y;
 }
-DYT_INLINE void narrow_pair(float first, float second, BFloat16* to)
+DYT_INLINE void widen(unsigned word, float* to, BFloat16)
 {
-    __nv_bfloat162 const pair = __floats2bfloat162_rn(first, second);
-    to[0] = pair.x;
-    to[1] = pair.y;
+    Bits first, second; // bf16 is the upper half of a float32
+    first.bits = word << 16;
+    second.bits = word & 0xFFFF0000U;
+    to[0] = first.number;
+    to[1] = second.number;
 }
-DYT_INLINE void narrow_pair(float first, float second, Float8* to)
+
+DYT_INLINE unsigned narrow(float const* from, float)
 {
-    __nv_fp8x2_storage_t const pair
-        = __nv_cvt_float2_to_fp8x2(make_float2(first, second), __NV_SATFINITE, __NV_E4M3);
-    to[0].__x = static_cast<__nv_fp8_storage_t>(pair & 0xFF);
-    to[1].__x = static_cast<__nv_fp8_storage_t>(pair >> 8);
+    return Bits{from[0]}.bits;
+}
+DYT_INLINE unsigned narrow(float const* from, Half)
+{
+    __half2 const pair = __floats2half2_rn(from[0], from[1]);
+    return *reinterpret_cast<unsigned const*>(&pair);
+}
+DYT_INLINE unsigned narrow(float const* from, BFloat16)
+{
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(from[0], from[1]);
+    return *reinterpret_cast<unsigned const*>(&pair);
+}
+DYT_INLINE unsigned narrow(float const* from, Int8)
+{
+    unsigned word = 0;
+#pragma unroll
+    for (int place = 0; place < 4; ++place)
+    {
+        Int8 item;
+        narrow(from[place], item);
+        word |= (static_cast<unsigned>(item) & 0xFFU) << (8 * place);
+    }
+    return word;
+}
+DYT_INLINE unsigned narrow(float const* from, Float8)
+{
+    unsigned const low = __nv_cvt_float2_to_fp8x2(make_float2(from[0], from[1]), __NV_SATFINITE, __NV_E4M3);
+    unsigned const high = __nv_cvt_float2_to_fp8x2(make_float2(from[2], from[3]), __NV_SATFINITE, __NV_E4M3);
+    return low | high << 16;
 }
 
 // The hardware's tanh: relative error at most 2^-11 (PTX ISA, tanh.approx.f32). On a host a test

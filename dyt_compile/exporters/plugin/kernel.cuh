@@ -7,6 +7,10 @@
 
 #include "core.cuh"
 
+#if !defined(__CUDACC__)
+#include <device_launch_parameters.h> // threadIdx and the like, which a host compiler has not
+#endif
+
 namespace dyt
 {
 
@@ -44,68 +48,86 @@ struct Arguments
     long long columns;
 };
 
-DYT_INLINE uint4 load_words(uint4 const* from)
+// `width` neighbours as they lie in memory: one element, or as many words as they fill.
+template <typename T, int width>
+struct Chunk
 {
+    static constexpr int kWORDS = width / kPER_WORD<T>;
+    unsigned words[kWORDS];
+
+    DYT_INLINE void load(T const* from)
+    {
+#pragma unroll
+        for (int word = 0; word < kWORDS; word += 4)
+        {
+            uint4 const* const source = reinterpret_cast<uint4 const*>(from) + word / 4;
 #if defined(__CUDA_ARCH__)
-    return __ldg(from);
+            uint4 const loaded = __ldg(source);
 #else
-    return *from;
+            uint4 const loaded = *source;
 #endif
-}
-
-template <typename T, int width>
-DYT_INLINE void load(T const* from, float (&to)[width])
-{
-    if constexpr (width == 1)
-    {
-        to[0] = widen(*from);
-    }
-    else
-    {
-        constexpr int kEACH = kACCESS_BYTES / sizeof(T);
-#pragma unroll
-        for (int word = 0; word < width / kEACH; ++word)
-        {
-            union
-            {
-                uint4 words;
-                T items[kEACH];
-            } chunk{load_words(reinterpret_cast<uint4 const*>(from) + word)};
-#pragma unroll
-            for (int item = 0; item < kEACH; ++item)
-            {
-                to[word * kEACH + item] = widen(chunk.items[item]);
-            }
+            words[word] = loaded.x;
+            words[word + 1] = loaded.y;
+            words[word + 2] = loaded.z;
+            words[word + 3] = loaded.w;
         }
     }
-}
-
-template <typename T, int width>
-DYT_INLINE void store(float const (&from)[width], T* to)
-{
-    if constexpr (width == 1)
+    DYT_INLINE void store(T* to) const
     {
-        narrow(from[0], *to);
-    }
-    else
-    {
-        constexpr int kEACH = kACCESS_BYTES / sizeof(T);
 #pragma unroll
-        for (int word = 0; word < width / kEACH; ++word)
+        for (int word = 0; word < kWORDS; word += 4)
         {
-            union
-            {
-                uint4 words;
-                T items[kEACH];
-            } chunk{};
-#pragma unroll
-            for (int item = 0; item < kEACH; item += 2)
-            {
-                narrow_pair(from[word * kEACH + item], from[word * kEACH + item + 1], chunk.items + item);
-            }
-            reinterpret_cast<uint4*>(to)[word] = chunk.words;
+            reinterpret_cast<uint4*>(to)[word / 4]
+                = make_uint4(words[word], words[word + 1], words[word + 2], words[word + 3]);
         }
     }
+    DYT_INLINE void widened(float (&to)[width]) const
+    {
+#pragma unroll
+        for (int word = 0; word < kWORDS; ++word)
+        {
+            widen(words[word], to + word * kPER_WORD<T>, T{});
+        }
+    }
+    DYT_INLINE void narrowed(float const (&from)[width])
+    {
+#pragma unroll
+        for (int word = 0; word < kWORDS; ++word)
+        {
+            words[word] = narrow(from + word * kPER_WORD<T>, T{});
+        }
+    }
+};
+
+template <typename T>
+struct Chunk<T, 1>
+{
+    T item;
+
+    DYT_INLINE void load(T const* from)
+    {
+        item = *from;
+    }
+    DYT_INLINE void store(T* to) const
+    {
+        *to = item;
+    }
+    DYT_INLINE void widened(float (&to)[1]) const
+    {
+        to[0] = widen(item);
+    }
+    DYT_INLINE void narrowed(float const (&from)[1])
+    {
+        narrow(from[0], item);
+    }
+};
+
+template <typename T, int width>
+DYT_INLINE void load(void const* from, long long offset, float (&to)[width])
+{
+    Chunk<T, width> chunk;
+    chunk.load(static_cast<T const*>(from) + offset);
+    chunk.widened(to);
 }
 
 // The values of a parameter for the columns from `column` on, in the plane `plane`.
@@ -116,7 +138,7 @@ DYT_INLINE void load(
     T const* const data = static_cast<T const*>(parameter.data);
     if (data != nullptr && parameter.along == Along::kColumns)
     {
-        load(data + column, to);
+        load<T>(data, column, to);
         return;
     }
     float const value
@@ -158,19 +180,21 @@ __global__ void __launch_bounds__(kTHREADS) transform(Arguments const arguments)
         for (long long row = first_row; row < arguments.rows; row += row_step)
         {
             float x[width], y[width];
-            load(static_cast<T const*>(arguments.x) + offset, x);
+            load<T>(arguments.x, offset, x);
             if constexpr (residual)
             {
                 float added[width];
-                load(static_cast<T const*>(arguments.residual) + offset, added);
+                load<T>(arguments.residual, offset, added);
 #pragma unroll
                 for (int lane = 0; lane < width; ++lane)
                 {
-                    T rounded; // as Add gives it: the sum that is written is the one that is squashed
-                    narrow(x[lane] + added[lane], rounded);
-                    x[lane] = widen(rounded);
+                    x[lane] += added[lane];
                 }
-                store(x, static_cast<T*>(arguments.sum) + offset);
+                // Rounded, as Add gives it: the sum that is written is the one that is squashed.
+                Chunk<T, width> sum;
+                sum.narrowed(x);
+                sum.store(static_cast<T*>(arguments.sum) + offset);
+                sum.widened(x);
             }
 #pragma unroll
             for (int lane = 0; lane < width; ++lane)
@@ -182,7 +206,9 @@ __global__ void __launch_bounds__(kTHREADS) transform(Arguments const arguments)
                     y[lane] = divided(y[lane], scale, reciprocal);
                 }
             }
-            store(y, static_cast<Out*>(arguments.y) + offset);
+            Chunk<Out, width> result;
+            result.narrowed(y);
+            result.store(static_cast<Out*>(arguments.y) + offset);
             offset += row_step * row_size;
         }
     }
