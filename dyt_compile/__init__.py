@@ -14,14 +14,17 @@ __all__ = [
     "Match",
     "NormKind",
     "NormSite",
+    "PluginInfo",
     "Refusal",
     "Report",
     "__version__",
     "backend",
+    "build_plugin",
     "convert",
     "export_onnx",
     "fold",
     "inspect",
+    "plugin_info",
 ]
 
 __version__ = "0.1.0"
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from .compiler import Conversion, convert, fold, inspect
     from .errors import DytCompileError
     from .exporters.onnx import export_onnx
+    from .exporters.plugin.build import PluginInfo, build_plugin, plugin_info
     from .passes.fold import Folded
     from .report import Report
     from .sites import Match, NormKind, NormSite, Refusal
@@ -45,13 +49,16 @@ _HOMES = {
     "Match": "sites",
     "NormKind": "sites",
     "NormSite": "sites",
+    "PluginInfo": "exporters.plugin.build",
     "Refusal": "sites",
     "Report": "report",
     "backend": "backends",
+    "build_plugin": "exporters.plugin.build",
     "convert": "compiler",
     "export_onnx": "exporters.onnx",
     "fold": "compiler",
     "inspect": "compiler",
+    "plugin_info": "exporters.plugin.build",
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import convert, inspect, verify
+from . import convert, inspect, plugin, verify
 
 __all__ = ["app", "main"]
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)
+app.add_typer(plugin.app, name="plugin")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

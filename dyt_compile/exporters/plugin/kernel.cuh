@@ -7,10 +7,6 @@
 
 #include "core.cuh"
 
-#if !defined(__CUDACC__)
-#include <device_launch_parameters.h> // threadIdx and the like, which a host compiler has not
-#endif
-
 namespace dyt
 {
 
