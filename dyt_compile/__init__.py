@@ -15,15 +15,18 @@ __all__ = [
     "Match",
     "NormKind",
     "NormSite",
+    "PluginInfo",
     "Refusal",
     "Report",
     "__version__",
     "backend",
     "build_engine",
+    "build_plugin",
     "convert",
     "export_onnx",
     "fold",
     "inspect",
+    "plugin_info",
 ]
 
 __version__ = "0.1.0"
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from .errors import DytCompileError
     from .exporters.engine_report import EngineReport
     from .exporters.onnx import export_onnx
+    from .exporters.plugin.build import PluginInfo, build_plugin, plugin_info
     from .exporters.tensorrt import build_engine
     from .passes.fold import Folded
     from .report import Report
@@ -50,14 +54,17 @@ _HOMES = {
     "Match": "sites",
     "NormKind": "sites",
     "NormSite": "sites",
+    "PluginInfo": "exporters.plugin.build",
     "Refusal": "sites",
     "Report": "report",
     "backend": "backends",
     "build_engine": "exporters.tensorrt",
+    "build_plugin": "exporters.plugin.build",
     "convert": "compiler",
     "export_onnx": "exporters.onnx",
     "fold": "compiler",
     "inspect": "compiler",
+    "plugin_info": "exporters.plugin.build",
 }
 
 

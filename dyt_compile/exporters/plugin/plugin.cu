@@ -1,0 +1,410 @@
+// The TensorRT side: one plugin class and one creator class for all forms.
+//
+// The library exports getCreators and setLoggerFinder, registers nothing by itself and does not link
+// libnvinfer: so one file serves TensorRT 10 and 11, whose registries differ. Load it with
+// IPluginRegistry::loadLibrary, or with trtexec --staticPlugins or --dynamicPlugins.
+#include "forms.h"
+
+#include <NvInferVersion.h>
+
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <memory>
+
+#define DYT_EXPORT extern "C" __attribute__((visibility("default")))
+#define DYT_TEXT(value) DYT_TEXT_OF(value)
+#define DYT_TEXT_OF(...) #__VA_ARGS__
+
+namespace dyt
+{
+
+using namespace nvinfer1;
+
+std::atomic<ILoggerFinder*> logger_finder{nullptr};
+
+void log_error(Form const& form, std::string const& message)
+{
+    ILoggerFinder* const finder = logger_finder;
+    ILogger* const logger = finder ? finder->findLogger() : nullptr;
+    if (logger)
+    {
+        logger->log(ILogger::Severity::kERROR, ("dyt::" + form.name + ": " + message).c_str());
+    }
+}
+
+// What TensorRT calls must not throw: -1, or null, stands for the error that was logged.
+template <typename Result, typename Call>
+Result guarded(Form const& form, Result failed, Call call) noexcept
+{
+    try
+    {
+        return call();
+    }
+    catch (std::exception const& error)
+    {
+        log_error(form, error.what());
+        return failed;
+    }
+}
+
+Type type_of(DataType type)
+{
+    switch (type)
+    {
+    case DataType::kHALF: return Type::kHalf;
+    case DataType::kBF16: return Type::kBFloat16;
+    case DataType::kINT8: return Type::kInt8;
+    case DataType::kFP8: return Type::kFloat8;
+    default: return Type::kFloat;
+    }
+}
+
+// The field output_dtype of the quantized forms: values of ONNX's TensorProto.DataType.
+constexpr char const* kOUTPUT_DTYPE = "output_dtype";
+constexpr int32_t kONNX_INT8 = 3;
+constexpr int32_t kONNX_FLOAT8E4M3FN = 17;
+
+class Plugin final : public IPluginV3,
+                     public IPluginV3OneCore,
+                     public IPluginV3OneBuild,
+                     public IPluginV3OneRuntime
+{
+public:
+    // output_dtype: one of the two above for a quantized form; else not read.
+    Plugin(Form const& form, int32_t output_dtype)
+        : form_{form}
+        , output_dtype_{output_dtype}
+        , field_{kOUTPUT_DTYPE, &output_dtype_, PluginFieldType::kINT32, 1}
+        , fields_{form.quantize ? 1 : 0, &field_}
+    {
+    }
+    Plugin(Plugin const&) = delete;
+    Plugin& operator=(Plugin const&) = delete;
+
+    IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override
+    {
+        switch (type)
+        {
+        case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
+        case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
+        case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+        }
+        return nullptr;
+    }
+    IPluginV3* clone() noexcept override
+    {
+        return guarded<IPluginV3*>(form_, nullptr, [this] { return new Plugin(form_, output_dtype_); });
+    }
+
+    AsciiChar const* getPluginName() const noexcept override
+    {
+        return form_.name.c_str();
+    }
+    AsciiChar const* getPluginVersion() const noexcept override
+    {
+        return kVERSION;
+    }
+    AsciiChar const* getPluginNamespace() const noexcept override
+    {
+        return kNAMESPACE;
+    }
+
+    int32_t getNbOutputs() const noexcept override
+    {
+        return form_.outputs();
+    }
+    int32_t getOutputDataTypes(
+        DataType* outputs, int32_t output_count, DataType const* inputs, int32_t input_count) const noexcept override
+    {
+        if (!takes(input_count))
+        {
+            return -1;
+        }
+        for (int32_t place = 0; place < output_count; ++place)
+        {
+            outputs[place] = output_type(place, inputs[0]);
+        }
+        return 0;
+    }
+    int32_t getOutputShapes(DimsExprs const* inputs, int32_t input_count, DimsExprs const*, int32_t,
+        DimsExprs* outputs, int32_t output_count, IExprBuilder&) noexcept override
+    {
+        if (!takes(input_count))
+        {
+            return -1;
+        }
+        for (int32_t place = 0; place < output_count; ++place)
+        {
+            outputs[place] = inputs[0];
+        }
+        return 0;
+    }
+    bool supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors, int32_t input_count,
+        int32_t) noexcept override
+    {
+        PluginTensorDesc const& tensor = tensors[position].desc;
+        DataType const x = tensors[0].desc.type;
+        return tensor.format == TensorFormat::kLINEAR && tensor.type == wanted_type(position, input_count, x);
+    }
+    int32_t configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t input_count,
+        DynamicPluginTensorDesc const*, int32_t) noexcept override
+    {
+        return checked(inputs, input_count, [](DynamicPluginTensorDesc const& tensor) { return tensor.desc.dims; });
+    }
+
+    int32_t onShapeChange(
+        PluginTensorDesc const* inputs, int32_t input_count, PluginTensorDesc const*, int32_t) noexcept override
+    {
+        return checked(inputs, input_count, [](PluginTensorDesc const& tensor) { return tensor.dims; });
+    }
+    int32_t enqueue(PluginTensorDesc const* input_tensors, PluginTensorDesc const* output_tensors,
+        void const* const* inputs, void* const* outputs, void*, cudaStream_t stream) noexcept override
+    {
+        return guarded<int32_t>(form_, -1, [&] {
+            Layout const layout
+                = laid_out(input_tensors, [](PluginTensorDesc const& tensor) { return tensor.dims; });
+            if (layout.rows * layout.planes * layout.columns == 0)
+            {
+                return 0;
+            }
+            cudaError_t const status = launch(arguments(layout, inputs, outputs), type_of(input_tensors[0].type),
+                type_of(output_tensors[0].type), form_.squash, stream);
+            if (status != cudaSuccess)
+            {
+                log_error(form_, std::string("the kernel was not launched: ") + cudaGetErrorString(status));
+            }
+            return status == cudaSuccess ? 0 : -1;
+        });
+    }
+    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override
+    {
+        return clone();
+    }
+    PluginFieldCollection const* getFieldsToSerialize() noexcept override
+    {
+        return &fields_;
+    }
+
+private:
+    bool takes(int32_t input_count) const noexcept
+    {
+        bool const right = input_count == static_cast<int32_t>(form_.inputs.size());
+        if (!right)
+        {
+            guarded<int>(form_, -1, [&] {
+                std::string names;
+                for (Input input : form_.inputs)
+                {
+                    names += (names.empty() ? "" : ", ") + std::string(name_of(input));
+                }
+                log_error(form_, std::to_string(input_count) + " inputs are given; it takes " + names);
+                return 0;
+            });
+        }
+        return right;
+    }
+
+    DataType output_type(int32_t place, DataType x) const noexcept
+    {
+        if (place == 1 || !form_.quantize)
+        {
+            return x;
+        }
+        return output_dtype_ == kONNX_INT8 ? DataType::kINT8 : DataType::kFP8;
+    }
+
+    DataType wanted_type(int32_t position, int32_t input_count, DataType x) const noexcept
+    {
+        if (position >= input_count)
+        {
+            return output_type(position - input_count, x);
+        }
+        switch (form_.inputs[position])
+        {
+        case Input::kX:
+            return x == DataType::kHALF || x == DataType::kBF16 ? x : DataType::kFLOAT;
+        case Input::kAlpha:
+        case Input::kShift:
+        case Input::kScale: return DataType::kFLOAT;
+        default: return x;
+        }
+    }
+
+    template <typename Tensor, typename DimsOf>
+    Layout laid_out(Tensor const* inputs, DimsOf dims_of) const
+    {
+        std::vector<Dims> shapes;
+        for (std::size_t place = 0; place < form_.inputs.size(); ++place)
+        {
+            shapes.push_back(dims_of(inputs[place]));
+        }
+        return layout_of(form_, shapes);
+    }
+
+    template <typename Tensor, typename DimsOf>
+    int32_t checked(Tensor const* inputs, int32_t input_count, DimsOf dims_of) const noexcept
+    {
+        return guarded<int32_t>(form_, -1, [&] {
+            if (!takes(input_count))
+            {
+                return -1;
+            }
+            Layout const layout = laid_out(inputs, dims_of);
+            if (!layout.error.empty())
+            {
+                log_error(form_, layout.error);
+            }
+            return layout.error.empty() ? 0 : -1;
+        });
+    }
+
+    Arguments arguments(Layout const& layout, void const* const* inputs, void* const* outputs) const
+    {
+        Arguments made{};
+        made.y = outputs[0];
+        made.sum = form_.residual ? outputs[1] : nullptr;
+        made.rows = layout.rows;
+        made.planes = layout.planes;
+        made.columns = layout.columns;
+        for (std::size_t place = 0; place < form_.inputs.size(); ++place)
+        {
+            Input const input = form_.inputs[place];
+            Parameter const parameter{inputs[place], layout.along[static_cast<int>(input)]};
+            switch (input)
+            {
+            case Input::kX: made.x = inputs[place]; break;
+            case Input::kResidual: made.residual = inputs[place]; break;
+            case Input::kAlpha: made.alpha = parameter; break;
+            case Input::kShift: made.shift = parameter; break;
+            case Input::kGamma: made.gamma = parameter; break;
+            case Input::kBeta: made.beta = parameter; break;
+            case Input::kScale: made.y_scale = static_cast<float const*>(inputs[place]); break;
+            }
+        }
+        return made;
+    }
+
+    Form const& form_; // lives as long as the library
+    int32_t const output_dtype_;
+    PluginField const field_;
+    PluginFieldCollection const fields_;
+};
+
+class Creator final : public IPluginCreatorV3One
+{
+public:
+    explicit Creator(Form const& form)
+        : form_{form}
+        , field_{kOUTPUT_DTYPE, nullptr, PluginFieldType::kINT32, 1}
+        , fields_{form.quantize ? 1 : 0, &field_}
+    {
+    }
+
+    IPluginV3* createPlugin(
+        AsciiChar const*, PluginFieldCollection const* fields, TensorRTPhase) noexcept override
+    {
+        return guarded<IPluginV3*>(form_, nullptr, [&]() -> IPluginV3* {
+            int32_t const output_dtype = form_.quantize ? read_output_dtype(fields) : 0;
+            if (form_.quantize && output_dtype != kONNX_INT8 && output_dtype != kONNX_FLOAT8E4M3FN)
+            {
+                log_error(form_, "output_dtype is " + std::to_string(output_dtype)
+                        + "; allowed: 3 (INT8) and 17 (FLOAT8E4M3FN), as int32");
+                return nullptr;
+            }
+            return new Plugin(form_, output_dtype);
+        });
+    }
+    PluginFieldCollection const* getFieldNames() noexcept override
+    {
+        return &fields_;
+    }
+    AsciiChar const* getPluginName() const noexcept override
+    {
+        return form_.name.c_str();
+    }
+    AsciiChar const* getPluginVersion() const noexcept override
+    {
+        return kVERSION;
+    }
+    AsciiChar const* getPluginNamespace() const noexcept override
+    {
+        return kNAMESPACE;
+    }
+
+private:
+    // 0 where it is missing. Other fields are TensorRT's own: plugin_namespace, plugin_version.
+    static int32_t read_output_dtype(PluginFieldCollection const* fields)
+    {
+        for (int32_t place = 0; fields && place < fields->nbFields; ++place)
+        {
+            PluginField const& field = fields->fields[place];
+            bool const given = std::strcmp(field.name, kOUTPUT_DTYPE) == 0 && field.data && field.length == 1;
+            if (given && field.type == PluginFieldType::kINT32)
+            {
+                return *static_cast<int32_t const*>(field.data);
+            }
+        }
+        return 0;
+    }
+
+    Form const& form_;
+    PluginField const field_;
+    PluginFieldCollection const fields_;
+};
+
+std::vector<std::unique_ptr<Creator>> const& creators()
+{
+    static std::vector<std::unique_ptr<Creator>> const kCREATORS = [] {
+        std::vector<std::unique_ptr<Creator>> made;
+        for (Form const& form : forms())
+        {
+            made.push_back(std::make_unique<Creator>(form));
+        }
+        return made;
+    }();
+    return kCREATORS;
+}
+
+} // namespace dyt
+
+DYT_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder)
+{
+    dyt::logger_finder = finder;
+}
+
+DYT_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count)
+{
+    static std::vector<nvinfer1::IPluginCreatorInterface*> const kPOINTERS = [] {
+        std::vector<nvinfer1::IPluginCreatorInterface*> made;
+        for (auto const& creator : dyt::creators())
+        {
+            made.push_back(creator.get());
+        }
+        return made;
+    }();
+    count = static_cast<int32_t>(kPOINTERS.size());
+    return kPOINTERS.data();
+}
+
+// What the library is, as JSON, for readers without TensorRT.
+DYT_EXPORT char const* dyt_plugin_info()
+{
+    static std::string const kINFO = [] {
+        std::string listed;
+        for (dyt::Form const& form : dyt::forms())
+        {
+            std::string inputs;
+            for (dyt::Input input : form.inputs)
+            {
+                inputs += (inputs.empty() ? "\"" : ", \"") + std::string(dyt::name_of(input)) + "\"";
+            }
+            listed += (listed.empty() ? "\"" : ", \"") + form.name + "\": [" + inputs + "]";
+        }
+        return "{\"namespace\": \"" + std::string(dyt::kNAMESPACE) + "\", \"version\": \"" + dyt::kVERSION
+            + "\", \"tensorrt\": \"" DYT_TEXT(NV_TENSORRT_MAJOR) "." DYT_TEXT(NV_TENSORRT_MINOR)
+            + "\", \"cuda\": " + std::to_string(CUDART_VERSION)
+            + ", \"architectures\": [" DYT_TEXT(__CUDA_ARCH_LIST__) "], \"inputs\": {" + listed + "}}";
+    }();
+    return kINFO.c_str();
+}
