@@ -25,16 +25,11 @@ OUTPUT_DTYPE = "output_dtype"
 
 
 def call(
-    form: Form,
-    inputs: Sequence[ir.Value],
-    output: str,
-    *,
-    total: str = "",
-    dtype: ir.DataType | None = None,
+    form: Form, inputs: Sequence[ir.Value], output: str, dtype: ir.DataType | None = None
 ) -> ir.Node:
     """A node of the form; inputs: as the form names them; output: the name of y.
 
-    total: the name of the sum, of a form with a residual; dtype: of y, of a quantized form.
+    dtype: of y, where the form is quantized.
     """
     attributes: list[ir.Attr] = [
         ir.AttrString(name, value) for name, value in PLUGIN_ATTRIBUTES.items()
@@ -43,7 +38,7 @@ def call(
         attributes.append(ir.AttrInt64(OUTPUT_DTYPE, dtype.value))
     count = len(form.outputs)
     node = ir.Node(DOMAIN, form.name, inputs, attributes, num_outputs=count, name=f"node_{output}")
-    for value, name in zip(node.outputs, (output, total), strict=False):
+    for value, name in zip(node.outputs, (output, f"{output}_sum"), strict=False):
         value.name = name
     return node
 

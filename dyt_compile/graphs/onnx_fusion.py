@@ -21,6 +21,7 @@ from onnx_ir.passes import common
 from ..dyt import DOMAIN, FORMS, FUSED, fused_name
 from .onnx_constants import stored
 from .onnx_functions import OUTPUT_DTYPE, call, declare
+from .onnx_precision import Names
 
 __all__ = ["forms", "fuse", "unfuse"]
 
@@ -44,9 +45,10 @@ def fuse(model: ir.Model) -> Mapping[str, int]:
     keeps them. α, γ, β and the scale must be constants. The shapes are those that the model's
     values have.
     """
+    names = Names(model)
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type in FORMS:
-            _fuse(model.graph, node)
+            _fuse(model.graph, node, names)
     model.graph.sort()
     declare(model)
     return forms(model)
@@ -66,7 +68,7 @@ class _Quantization:
     dtype: ir.DataType
 
 
-def _fuse(graph: ir.Graph, node: ir.Node) -> None:
+def _fuse(graph: ir.Graph, node: ir.Node, names: Names) -> None:
     add, readers = _residual(node), _quantizers(node)
     if not (add or readers):
         return
@@ -76,8 +78,8 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> None:
     dtype = None
     if readers and (quantization := _quantization(readers[0])):
         dtype = quantization.dtype
-        inputs.append(_scale(graph, quantization.scale, f"{y.name}_scale"))
-    fused = call(form, inputs, f"{y.name}_{form.name}", total=f"{y.name}_sum", dtype=dtype)  # type: ignore[arg-type]
+        inputs.append(_scale(graph, quantization.scale, names.free(f"{y.name}_scale")))
+    fused = call(form, inputs, names.free(f"{y.name}_{form.name}"), dtype=dtype)  # type: ignore[arg-type]
     fused.metadata_props.update(node.metadata_props)
     old = [reader.outputs[0] for reader in readers] or [y]
     new = [fused.outputs[0]] * len(old)

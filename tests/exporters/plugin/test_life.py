@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .host import BF16, Array, StepError, Host
+from .host import BF16, Array, Host, StepError
 from .reference import OPERATORS, samples
 
 ADD_DYT = next(o for o in OPERATORS if o.name == "AddDyT")
