@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from .dyt import DOMAIN
 from .errors import CaptureError, DataError, MissingDependencyError, OptionError, first_line
+from .graphs.onnx_fusion import unfuse
 from .graphs.onnx_precision import holds, surface, widen
 
 __all__ = ["PROVIDERS", "Session", "as_plugins", "parse_provider", "provider_options"]
@@ -109,6 +110,7 @@ class Session:
         }
         surface(model, BFLOAT16, outside=BFLOAT16)
         if on_cpu:
+            unfuse(model)  # the Add of a fused form is one of the kernels that are missing
             widen(model, BFLOAT16)
 
 
