@@ -1,4 +1,4 @@
-"""The library that nvcc makes: what it exports, links and holds, and real registries that load it."""
+"""The library that nvcc makes: what it exports, links and holds, and registries that load it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_registry_loads_the_library_and_makes_run_time_plugins(
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    with pytest.raises(ExportError, match="nvcc is not found on PATH.*install the CUDA toolkit"):
+    with pytest.raises(ExportError, match=r"nvcc is not found on PATH.*install the CUDA toolkit"):
         build_plugin(tmp_path / "x.so", tensorrt_root=tmp_path)
 
 
@@ -102,7 +102,7 @@ def test_headers_that_are_too_old_are_named(nvcc: Path, tmp_path: Path) -> None:
     (tmp_path / "NvInferVersion.h").write_text(
         "#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 6\n"
     )
-    with pytest.raises(ExportError, match="are of TensorRT 8.6; the plugin needs 10.0 or newer"):
+    with pytest.raises(ExportError, match=r"are of TensorRT 8.6; the plugin needs 10.0 or newer"):
         build_plugin(tmp_path / "x.so", tensorrt_root=tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_file_that_is_no_plugin_is_refused(tmp_path: Path, nvcc: Path) -> None:
     subprocess.run(
         ["gcc", "-shared", "-o", tmp_path / "other.so", "-x", "c", "/dev/null"], check=True
     )
-    with pytest.raises(DytCompileError, match="is no DyT plugin library.*dyt_plugin_info"):
+    with pytest.raises(DytCompileError, match=r"is no DyT plugin library.*dyt_plugin_info"):
         plugin_info(tmp_path / "other.so")
 
 
