@@ -146,66 +146,126 @@ DYT_INLINE void load(
     }
 }
 
-// T: dtype of x, residual, sum, gamma, beta; Out: that of y; width: elements that a thread takes at
-// once, 1 or kWIDTH. With width > 1 columns is a multiple of it and all pointers are aligned.
-template <typename T, typename Out, Squash squash, bool residual, int width>
-__global__ void __launch_bounds__(kTHREADS) transform(Arguments const arguments)
-{
-    long long const column
-        = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * width;
-    if (column >= arguments.columns)
-    {
-        return;
-    }
-    constexpr bool kQUANTIZED = sizeof(Out) == 1;
-    float const scale = kQUANTIZED ? *arguments.y_scale : 1.0F;
-    float const reciprocal = 1.0F / scale;
-    long long const row_size = arguments.planes * arguments.columns;
-    long long const first_row = static_cast<long long>(blockIdx.y) * blockDim.y + threadIdx.y;
-    long long const row_step = static_cast<long long>(gridDim.y) * blockDim.y;
+template <typename Out>
+constexpr bool kQUANTIZED = sizeof(Out) == 1;
 
-    for (long long plane = blockIdx.z; plane < arguments.planes; plane += gridDim.z)
+// The parameters of a thread's columns; absent ones neutral.
+template <typename T, int width>
+struct Parameters
+{
+    float alpha[width], shift[width], gamma[width], beta[width];
+
+    DYT_INLINE Parameters(Arguments const& arguments, long long column, long long plane)
     {
-        float alpha[width], shift[width], gamma[width], beta[width];
         load<float>(arguments.alpha, 1.0F, column, plane, alpha);
         load<float>(arguments.shift, 0.0F, column, plane, shift);
         load<T>(arguments.gamma, 1.0F, column, plane, gamma);
         load<T>(arguments.beta, 0.0F, column, plane, beta);
+    }
+};
 
-        long long offset = first_row * row_size + plane * arguments.columns + column;
-        for (long long row = first_row; row < arguments.rows; row += row_step)
+// x + residual, rounded and written as Add gives it: that sum is then squashed.
+template <typename T, int width>
+DYT_INLINE void add(float (&x)[width], Chunk<T, width> const& residual, T* to)
+{
+    float added[width];
+    residual.widened(added);
+#pragma unroll
+    for (int lane = 0; lane < width; ++lane)
+    {
+        x[lane] += added[lane];
+    }
+    Chunk<T, width> sum;
+    sum.narrowed(x);
+    sum.store(to);
+    sum.widened(x);
+}
+
+template <typename T, typename Out, Squash squash, int width>
+DYT_INLINE void squash_to(
+    Out* to, float const (&x)[width], Parameters<T, width> const& parameters, float scale, float reciprocal)
+{
+    float y[width];
+#pragma unroll
+    for (int lane = 0; lane < width; ++lane)
+    {
+        float const value = squashed<squash, T>(x[lane], parameters.alpha[lane], parameters.shift[lane]);
+        y[lane] = fmaf(value, parameters.gamma[lane], parameters.beta[lane]);
+        if constexpr (kQUANTIZED<Out>)
         {
-            float x[width], y[width];
-            load<T>(arguments.x, offset, x);
-            if constexpr (residual)
-            {
-                float added[width];
-                load<T>(arguments.residual, offset, added);
+            y[lane] = divided(y[lane], scale, reciprocal);
+        }
+    }
+    Chunk<Out, width> result;
+    result.narrowed(y);
+    result.store(to);
+}
+
+// What keeps memory busy are bytes on their way: a thread that takes eight elements asks for two rows
+// before it needs the first; one that takes sixteen asks for as much with one row.
+template <typename Out>
+constexpr int kROWS_AT_ONCE = kQUANTIZED<Out> ? 1 : 2;
+// Blocks that share the 65,536 registers of a multiprocessor: 128 or 80 for a thread, none spilled.
+template <typename Out, Squash squash>
+constexpr int kBLOCKS_AT_ONCE = kQUANTIZED<Out> || squash == Squash::kErf ? 2 : 3;
+
+// T: dtype of x, residual, sum, gamma, beta; Out: that of y; width: elements that a thread takes at
+// once, 1 or kWIDTH. With width > 1 columns is a multiple of it and all pointers are aligned.
+template <typename T, typename Out, Squash squash, bool residual, int width>
+__global__ void __launch_bounds__(kTHREADS, kBLOCKS_AT_ONCE<Out, squash>)
+    transform(Arguments const arguments)
+{
+    long long const column = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * width;
+    if (column >= arguments.columns)
+    {
+        return;
+    }
+    constexpr int kROWS = kROWS_AT_ONCE<Out>;
+    T const* const x = static_cast<T const*>(arguments.x);
+    T const* const added = static_cast<T const*>(arguments.residual);
+    float const scale = kQUANTIZED<Out> ? *arguments.y_scale : 1.0F;
+    float const reciprocal = 1.0F / scale;
+    long long const first_row = static_cast<long long>(blockIdx.y) * blockDim.y + threadIdx.y;
+    long long const row_step = static_cast<long long>(gridDim.y) * blockDim.y;
+    long long const row_size = arguments.planes * arguments.columns;
+    long long const step = row_step * row_size;
+
+    for (long long plane = blockIdx.z; plane < arguments.planes; plane += gridDim.z)
+    {
+        Parameters<T, width> const parameters{arguments, column, plane};
+        long long offset = first_row * row_size + plane * arguments.columns + column;
+#pragma unroll 1
+        for (long long row = first_row; row < arguments.rows; row += kROWS * row_step)
+        {
+            Chunk<T, width> chunks[kROWS], residuals[kROWS];
 #pragma unroll
-                for (int lane = 0; lane < width; ++lane)
+            for (int each = 0; each < kROWS; ++each)
+            {
+                if (row + each * row_step < arguments.rows)
                 {
-                    x[lane] += added[lane];
+                    chunks[each].load(x + offset + each * step);
+                    if constexpr (residual)
+                    {
+                        residuals[each].load(added + offset + each * step);
+                    }
                 }
-                // Rounded, as Add gives it: the sum that is written is the one that is squashed.
-                Chunk<T, width> sum;
-                sum.narrowed(x);
-                sum.store(static_cast<T*>(arguments.sum) + offset);
-                sum.widened(x);
             }
 #pragma unroll
-            for (int lane = 0; lane < width; ++lane)
+            for (int each = 0; each < kROWS; ++each)
             {
-                float const value = squashed<squash, T>(x[lane], alpha[lane], shift[lane]);
-                y[lane] = fmaf(value, gamma[lane], beta[lane]);
-                if constexpr (kQUANTIZED)
+                if (row + each * row_step < arguments.rows)
                 {
-                    y[lane] = divided(y[lane], scale, reciprocal);
+                    float values[width];
+                    chunks[each].widened(values);
+                    if constexpr (residual)
+                    {
+                        add(values, residuals[each], static_cast<T*>(arguments.sum) + offset + each * step);
+                    }
+                    squash_to<T, Out, squash>(static_cast<Out*>(arguments.y) + offset + each * step, values,
+                        parameters, scale, reciprocal);
                 }
             }
-            Chunk<Out, width> result;
-            result.narrowed(y);
-            result.store(static_cast<Out*>(arguments.y) + offset);
-            offset += row_step * row_size;
+            offset += kROWS * step;
         }
     }
 }

@@ -98,7 +98,7 @@ struct Geometry
 // As many blocks over the rows as keep the device full, and no more: each loads the parameters.
 inline Geometry geometry(Arguments const& arguments, int width, int multiprocessors)
 {
-    constexpr long long kBLOCKS_PER_MULTIPROCESSOR = 16; // two rounds of eight that fit at once
+    constexpr long long kBLOCKS_PER_MULTIPROCESSOR = 16; // some five rounds of the two or three that fit
     constexpr long long kLARGEST_GRID = 65535;           // of y and z
     long long const columns = ceil_div(arguments.columns, width);
     long long const across = ceil_div(columns, ceil_div(columns, kTHREADS));

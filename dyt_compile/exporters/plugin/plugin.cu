@@ -8,6 +8,7 @@
 #include <NvInferVersion.h>
 
 #include <atomic>
+#include <cstdio>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -23,13 +24,19 @@ using namespace nvinfer1;
 
 std::atomic<ILoggerFinder*> logger_finder{nullptr};
 
+// To TensorRT's logger where it gave one, which it does for version-compatible engines alone.
 void log_error(Form const& form, std::string const& message)
 {
+    std::string const line = "dyt::" + form.name + ": " + message;
     ILoggerFinder* const finder = logger_finder;
     ILogger* const logger = finder ? finder->findLogger() : nullptr;
     if (logger)
     {
-        logger->log(ILogger::Severity::kERROR, ("dyt::" + form.name + ": " + message).c_str());
+        logger->log(ILogger::Severity::kERROR, line.c_str());
+    }
+    else
+    {
+        std::fprintf(stderr, "%s\n", line.c_str());
     }
 }
 

@@ -96,9 +96,7 @@ def test_wrong_number_of_inputs_is_named(host: Host) -> None:
 def test_output_dtype_that_is_no_quantized_type_creates_no_plugin(
     host: Host, output_dtype: int
 ) -> None:
-    with pytest.raises(
-        StepError, match=f"output_dtype is {output_dtype}; allowed: 3 .INT8. and 17"
-    ):
+    with pytest.raises(StepError, match=f"output_dtype is {output_dtype}; allowed: 3 .INT8. and"):
         led(host, "AddDyTQuantize", output_dtype)
 
 

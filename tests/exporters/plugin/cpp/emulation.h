@@ -14,5 +14,5 @@ extern "C"
 }
 
 #define DYT_HARDWARE_TANH(value) emulated_tanh(value)
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __CUDA_ARCH_LIST__ 0
