@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from ..files import replaced
 from ..graphs.onnx_fusion import forms, fuse, unfuse
 from .engine_report import EngineReport, Network, layers_of, needs, network_of
 from .engine_shapes import Profile, Shape, profile
+from .engine_timing import time_engine
 from .onnx import write
 from .tensorrt_process import Runtime, call, installed
 
@@ -25,11 +25,9 @@ __all__ = [
     "LOWERINGS",
     "build_engine",
     "read_network",
-    "time_engine",
 ]
 
 LOWERINGS = ("native", "plugin", "auto")
-PASSES = 100
 
 
 @dataclass(frozen=True)
@@ -127,27 +125,6 @@ def read_network(
     return network_of(answer["network"])
 
 
-def time_engine(
-    engine_path: str | Path,
-    *,
-    runtime: str = "tensorrt",
-    plugin_library: str | Path | None = None,
-    passes: int = PASSES,
-) -> list[float]:
-    """Milliseconds of each of `passes` runs at the usual shapes, on this machine's GPU.
-
-    By CUDA events, after ten runs that are not counted. Raises ExportError without a GPU.
-    """
-    request = {
-        "verb": "time",
-        "engine": str(engine_path),
-        "plugin_library": None if plugin_library is None else str(plugin_library),
-        "passes": passes,
-    }
-    times: list[float] = call(installed(runtime), "timing an engine", request)["milliseconds"]
-    return times
-
-
 def _request(
     path: Path,
     runtime: str,
@@ -222,11 +199,9 @@ def _choose(request: _Request, lowering: str, work: Path) -> tuple[_Built, dict[
         why = "no GPU" if gpu is None else f"this machine's GPU is {gpu}"
         return native, {}, f"native, not measured: {why}"
     latency_ms = {
-        built.lowering: statistics.median(
-            time_engine(
-                built.engine, runtime=request.runtime.name, plugin_library=request.plugin_library
-            )
-        )
+        built.lowering: time_engine(
+            built.engine, runtime=request.runtime.name, plugin_library=request.plugin_library
+        ).median_ms
         for built in (native, plugin)
     }
     faster = min((native, plugin), key=lambda built: latency_ms[built.lowering])
