@@ -166,3 +166,17 @@ def test_wheel_ships_the_sources(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("core.cuh", "kernel.cuh", "launch.cuh", "forms.h", "plugin.cu"):
         assert f"dyt_compile/exporters/plugin/{name}" in names
+
+
+def test_info_prints_every_plugin_with_its_inputs(
+    plugin: PluginInfo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dyt_compile.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main(["plugin", "info", str(plugin.path)])
+    assert not end.value.code
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "headers of TensorRT 10.14, compute capabilities 80, 89, 90, 100, 120" in first
+    assert len(lines) == len(OPERATORS)
+    assert "  dyt::AddDyT version 1 (x, residual, alpha, gamma, beta)" in lines
