@@ -9,6 +9,7 @@ __all__ = [
     "Calibration",
     "Conversion",
     "DytCompileError",
+    "EngineReport",
     "Folded",
     "InductorPass",
     "Match",
@@ -19,6 +20,7 @@ __all__ = [
     "Report",
     "__version__",
     "backend",
+    "build_engine",
     "build_plugin",
     "convert",
     "export_onnx",
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
     from .calibration import Calibration
     from .compiler import Conversion, convert, fold, inspect
     from .errors import DytCompileError
+    from .exporters.engine_report import EngineReport
     from .exporters.onnx import export_onnx
     from .exporters.plugin.build import PluginInfo, build_plugin, plugin_info
+    from .exporters.tensorrt import build_engine
     from .passes.fold import Folded
     from .report import Report
     from .sites import Match, NormKind, NormSite, Refusal
@@ -44,6 +48,7 @@ _HOMES = {
     "Calibration": "calibration",
     "Conversion": "compiler",
     "DytCompileError": "errors",
+    "EngineReport": "exporters.engine_report",
     "Folded": "passes.fold",
     "InductorPass": "backends",
     "Match": "sites",
@@ -53,6 +58,7 @@ _HOMES = {
     "Refusal": "sites",
     "Report": "report",
     "backend": "backends",
+    "build_engine": "exporters.tensorrt",
     "build_plugin": "exporters.plugin.build",
     "convert": "compiler",
     "export_onnx": "exporters.onnx",

@@ -36,7 +36,7 @@ TORCH_AT_THE_TOP = {
     "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo", "graphs.fx",
     "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
 }  # fmt: skip
-TENSORRT = {"exporters.tensorrt"}
+TENSORRT = {"exporters.tensorrt_worker"}
 APART = ("passes",)
 """Folders whose modules never import each other."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import convert, inspect, plugin, verify
+from . import bench, build, convert, inspect, plugin, verify
 
 __all__ = ["app", "main"]
 
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)
+app.command("build")(build.build)
+app.command("bench-gpu")(bench.bench_gpu)
 app.add_typer(plugin.app, name="plugin")
 
 

@@ -13,7 +13,7 @@ from ..errors import OptionError
 from ..exporters.onnx import export_onnx
 from ..progress import reporting
 from ..report.terminal import fold_table, report_table
-from .options import BatchSize, Data, Model, Provider, ProviderName, Verbose
+from .options import BatchSize, Data, Model, ProviderName, Verbose
 from .progress import TerminalReporter, console
 from .sources import load_data, load_model
 
@@ -72,7 +72,7 @@ def convert(
     dtype: Annotated[
         Dtype, typer.Option(help="Inside the exported model; its inputs and outputs stay.")
     ] = Dtype.fp32,
-    provider: ProviderName = Provider.cpu,
+    provider: ProviderName = "cpu",
     seed: Annotated[int, typer.Option(help="Of the split into fit, plan and report.")] = 0,
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     calibration: Annotated[
@@ -80,6 +80,10 @@ def convert(
     ] = None,
     fold: Annotated[
         bool, typer.Option("--fold", help="Fold gamma, beta and scalars into weights (exact).")
+    ] = False,
+    fuse: Annotated[
+        bool,
+        typer.Option("--fuse", help="Add and QuantizeLinear around a DyT into its node (exact)."),
     ] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -104,10 +108,12 @@ def convert(
             example=source.example,
             exclude=tuple(exclude or ()),
             seed=seed,
-            provider=provider.value,
+            provider=provider,
             fold=fold,
         )
-        written = export_onnx(result, out, opset=opset, dtype=dtype.value, provider=provider.value)
+        written = export_onnx(
+            result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider
+        )
     if report is not None:
         result.report.save(report)
     if calibration is not None and result.calibration is not None:
