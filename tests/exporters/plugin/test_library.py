@@ -66,14 +66,14 @@ def test_registry_loads_the_library_and_makes_run_time_plugins(
     assert not found["version 2"]
     for operator in OPERATORS:
         creator = found["creators"][operator.name]
-        quantize = operator.quantize
+        quantize = operator.quantized
         assert creator["version"] == "1"
         assert creator["fields"] == ([["output_dtype", "INT32"]] if quantize else [])
         assert creator["makes"] == {
             "nothing given": not quantize, "1": not quantize, "3": True, "17": True
         }  # fmt: skip
     refused = [line for line in found["errors"] if line.startswith("dyt::")]
-    assert len(refused) == 2 * sum(operator.quantize for operator in OPERATORS)
+    assert len(refused) == 2 * sum(operator.quantized for operator in OPERATORS)
     assert "dyt::DerfQuantize: output_dtype is 0; allowed: 3 (INT8) and 17" in "".join(refused)
 
 

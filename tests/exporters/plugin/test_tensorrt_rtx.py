@@ -11,9 +11,10 @@ from onnx import TensorProto, helper
 
 pytest.importorskip("tensorrt_rtx")
 
+from dyt_compile.dyt import Form
 from dyt_compile.exporters.plugin.build import PluginInfo
 
-from .reference import OPERATORS, Operator
+from .reference import OPERATORS
 from .runtimes import Engine, engine
 
 WIDTH = 64
@@ -42,7 +43,7 @@ def build(plugin: PluginInfo, tmp_path_factory: pytest.TempPathFactory) -> Build
 
 
 def model(
-    operators: list[Operator],
+    operators: list[Form],
     dtype: str,
     output_dtype: int = TensorProto.FLOAT8E4M3FN,
     *,
@@ -68,7 +69,7 @@ def model(
     for operator in operators:
         made = [f"{operator.name}_y", *([f"{operator.name}_sum"] if operator.residual else [])]
         attributes = {"plugin_namespace": "dyt", "plugin_version": version}
-        if operator.quantize:
+        if operator.quantized:
             attributes["output_dtype"] = output_dtype
         nodes.append(
             helper.make_node(
@@ -76,7 +77,7 @@ def model(
             )
         )
         outputs += made[1:]
-        if operator.quantize:
+        if operator.quantized:
             y, wide, back = made[0], f"{made[0]}_wide", f"{made[0]}_back"
             nodes.append(helper.make_node("DequantizeLinear", [y, "y_scale"], [wide]))
             nodes.append(helper.make_node("Cast", [wide], [back], to=kind))
@@ -104,21 +105,21 @@ def test_every_operator_binds_its_plugin_and_builds(
     assert not built.errors
     name = NAMES[dtype]
     assert built.plugins == [
-        [OUTPUTS[output_dtype] if operator.quantize else name, *([name] * operator.residual)]
+        [OUTPUTS[output_dtype] if operator.quantized else name, *([name] * operator.residual)]
         for operator in OPERATORS
     ]
     assert built.kernels.count("custom_layer") == len(OPERATORS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
-def test_one_operator_is_one_kernel(build: Build, operator: Operator) -> None:
+def test_one_operator_is_one_kernel(build: Build, operator: Form) -> None:
     built = build(model([operator], "bf16"))
     assert built.kernels.count("custom_layer") == 1
     others = [kind for kind in built.kernels if kind not in ("custom_layer", "shape_call")]
-    assert len(others) <= operator.quantize  # the DequantizeLinear behind it
+    assert len(others) <= operator.quantized  # the DequantizeLinear behind it
 
 
-def _only(name: str) -> list[Operator]:
+def _only(name: str) -> list[Form]:
     return [operator for operator in OPERATORS if operator.name == name]
 
 
