@@ -32,9 +32,7 @@ def bench_gpu(
     plugin_library: Annotated[
         Path | None, typer.Option(help="Time the models that hold DyT with our plugin too.")
     ] = None,
-    passes: Annotated[
-        int, typer.Option(min=1, help="Runs of each engine, after ten more.")
-    ] = PASSES,
+    passes: Annotated[int, typer.Option(min=1, help="Runs, after ten more.")] = PASSES,
     json_path: JsonPath = None,
     verbose: Verbose = False,
 ) -> None:

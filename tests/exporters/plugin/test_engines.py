@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from torch import Tensor, nn
 
 import dyt_compile
 from dyt_compile import EngineReport, build_engine, export_onnx
-from dyt_compile.compiler import Conversion
 from dyt_compile.dyt import DOMAIN, FORMS, FUSED
 from dyt_compile.errors import ExportError
 from dyt_compile.exporters import tensorrt_process
@@ -29,101 +25,39 @@ from dyt_compile.graphs import onnx_functions
 from dyt_compile.graphs.onnx_fusion import forms, fuse
 from tests.quantize import quantize
 
-from ..engines import norm_kernels, profiles
+from ..engines import (
+    EMBEDDINGS,
+    IMAGE,
+    NARROW,
+    RTX,
+    TARGET,
+    WIDTH,
+    Files,
+    conversions,
+    engine,
+    files,
+    llama,
+    norm_kernels,
+    profiles,
+    vit_base,
+)
 from ..test_onnx import DTYPES, Exports, exports
 
 pytest.importorskip("tensorrt_rtx")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+pytest.importorskip("timm")
 
 __all__ = ["exports"]  # the fixture
 
-RTX, TARGET = "tensorrt-rtx", "sm89"
-WIDTH, TOKENS = 256, 16
-NARROW = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
-
-
-class Llama(nn.Module):
-    """Two blocks of LLaMA and its last norm, over embeddings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = transformers.LlamaConfig(
-            hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, vocab_size=32,
-        )  # fmt: skip
-        self.model = transformers.LlamaModel(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.model(inputs_embeds=x, use_cache=False).last_hidden_state
-        return hidden
-
-
-@dataclass(frozen=True)
-class Written:
-    """Files of one model: with its norms, with DyT, and that with Q/DQ by type."""
-
-    norms: Path
-    dyt: Path
-    quantized: Mapping[str, Path]
-
-
-def written(model: nn.Module, shape: tuple[int, ...], folder: Path, dtype: str) -> Written:
-    folder.mkdir(exist_ok=True)
-    made = _conversions(model, shape)
-    paths = []
-    for name, conversion in zip(("norms", "dyt"), made, strict=True):
-        paths.append(export_onnx(conversion, folder / f"{name}-{dtype}.onnx", dtype=dtype).path)
-    quantized = {}
-    for name, narrow in NARROW.items():
-        file = ir.load(paths[1])
-        assert quantize(file, narrow) > 0
-        quantized[name] = folder / f"{name}-{dtype}.onnx"
-        write(file, quantized[name])
-    return Written(paths[0], paths[1], quantized)
-
-
-@cache
-def _conversions(model: nn.Module, shape: tuple[int, ...]) -> tuple[Conversion, Conversion]:
-    torch.manual_seed(0)
-    batches = [(torch.randn(2, *shape),) for _ in range(4)]
-    kept = dyt_compile.convert(model, example=(batches[0], {}))
-    return kept, dyt_compile.convert(model, batches, mode="all")
-
-
-@cache
-def _llama() -> nn.Module:
-    torch.manual_seed(0)
-    return Llama().eval()
-
 
 @pytest.fixture(scope="module", params=DTYPES)
-def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    folder = tmp_path_factory.getbasetemp() / "llama"
-    return written(_llama(), (TOKENS, WIDTH), folder, request.param)
+def llama_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Files of two blocks of LLaMA, in each dtype."""
+    return files(llama(), EMBEDDINGS, tmp_path_factory.getbasetemp() / "llama", request.param)
 
 
-def built(
-    path: Path, plugin: PluginInfo | None = None, target: str | None = TARGET
-) -> EngineReport:
-    """An engine for a dynamic batch; with the plugin where one is given."""
-    return build_engine(
-        path,
-        path.with_suffix(".plan"),
-        runtime=RTX,
-        shapes=profiles(path),
-        target=target,
-        lowering="native" if plugin is None else "plugin",
-        plugin_library=None if plugin is None else plugin.path,
-    )
-
-
-def quantized_plugins(report: EngineReport) -> set[tuple[str, ...]]:
-    """The dtypes that the plugins of an engine write first, and their readers read."""
-    return {
-        tuple(tensor.dtype for tensor in layer.outputs[:1])
-        for layer in report.layers
-        if layer.type == "custom_layer"
-    }
+def built(path: Path, plugin: PluginInfo | None = None, target: str = TARGET) -> EngineReport:
+    return engine(path, None if plugin is None else plugin.path, target)
 
 
 # Forms.
@@ -190,10 +124,6 @@ def test_every_form_is_taken_by_the_plugin_and_by_its_function(
     assert "PLUGIN_V3" not in without
     assert without["ERF" if "Derf" in form else "TANH"] == 1
     assert without.get("QUANTIZE", 0) == form.endswith("Quantize")
-    report = built(path, plugin)
-    assert report.plugins == {form: 1}
-    assert [layer.type for layer in report.layers].count("custom_layer") == 1
-    assert not [x for x in built(path).layers if x.type == "custom_layer"]
 
 
 def test_a_second_quantized_call_needs_the_plugin_or_build(
@@ -216,6 +146,9 @@ def test_a_second_quantized_call_needs_the_plugin_or_build(
     operators = read_network(path, runtime=RTX, plugin_library=plugin.path).operators
     assert operators["PLUGIN_V3"] == 2
     assert built(path).network.operators["QUANTIZE"] == 2  # written out before it is parsed
+    report = built(path, plugin)
+    assert report.plugins == {"DyTQuantize": 2}
+    assert [layer.type for layer in report.layers].count("custom_layer") == 2
 
 
 # Models.
@@ -233,8 +166,8 @@ def test_plugin_takes_every_dyt_of_the_digits_transformer(
     assert not norm_kernels(report)
 
 
-def test_native_engine_of_llama_has_no_norm_and_no_more_kernels(llama: Written) -> None:
-    norms, native = built(llama.norms), built(llama.dyt)
+def test_native_engine_of_llama_has_no_norm_and_no_more_kernels(llama_files: Files) -> None:
+    norms, native = built(llama_files.norms), built(llama_files.dyt)
     assert len(norm_kernels(norms)) >= 5
     assert not norm_kernels(native)
     assert native.kernels <= norms.kernels
@@ -242,9 +175,9 @@ def test_native_engine_of_llama_has_no_norm_and_no_more_kernels(llama: Written) 
 
 @pytest.mark.parametrize("target", [TARGET, "sm120"])
 def test_quantized_plugin_feeds_the_products_of_llama(
-    llama: Written, plugin: PluginInfo, target: str
+    llama_files: Files, plugin: PluginInfo, target: str
 ) -> None:
-    for name, path in llama.quantized.items():
+    for name, path in llama_files.quantized.items():
         report = built(path, plugin, target)
         assert report.plugins == {"AddDyTQuantize": 3, "AddDyT": 1, "DyTQuantize": 1}
         assert not norm_kernels(report)
@@ -257,20 +190,20 @@ def test_quantized_plugin_feeds_the_products_of_llama(
 
 
 def test_quantized_plugin_has_fewer_kernels_than_norms_and_than_the_plain_plugin(
-    llama: Written, plugin: PluginInfo
+    llama_files: Files, plugin: PluginInfo
 ) -> None:
-    norms = built(llama.norms).kernels
-    plain = built(llama.dyt, plugin).kernels
-    fp8, int8 = (built(llama.quantized[name], plugin).kernels for name in ("fp8", "int8"))
+    norms = built(llama_files.norms).kernels
+    plain = built(llama_files.dyt, plugin).kernels
+    fp8, int8 = (built(llama_files.quantized[name], plugin).kernels for name in ("fp8", "int8"))
     assert fp8 < norms
     assert int8 <= norms
     assert max(fp8, int8) < plain
 
 
 def test_auto_without_a_gpu_is_native_and_says_that_it_did_not_measure(
-    llama: Written, plugin: PluginInfo, tmp_path: Path
+    llama_files: Files, plugin: PluginInfo, tmp_path: Path
 ) -> None:
-    path = llama.quantized["fp8"]
+    path = llama_files.quantized["fp8"]
     report = build_engine(
         path, tmp_path / "p", runtime=RTX, shapes=profiles(path), target=TARGET, lowering="auto",
         plugin_library=plugin.path,
@@ -336,27 +269,6 @@ def test_plugin_of_another_version_is_not_taken(plugin: PluginInfo, tmp_path: Pa
         read_network(path, runtime=RTX, plugin_library=plugin.path)
 
 
-@pytest.mark.parametrize(
-    ("name", "array"),
-    [
-        ("gamma", np.ones(WIDTH + 1, np.float32)),
-        ("alpha", np.ones((2, 2), np.float32)),
-        ("gamma", np.ones(WIDTH, np.float16)),
-    ],
-)
-def test_parameter_of_another_shape_or_type_builds_no_engine(
-    plugin: PluginInfo, tmp_path: Path, name: str, array: Any
-) -> None:
-    path = _one("DyT", ir.DataType.FLOAT, NARROW["int8"], tmp_path / "one.onnx")
-    model = onnx.load(path)
-    (held,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
-    held.CopyFrom(onnx.numpy_helper.from_array(array, name))
-    onnx.save(model, path)
-    with pytest.raises(ExportError, match="TensorRT-RTX"):
-        built(path, plugin)
-    assert not path.with_suffix(".plan").exists()
-
-
 def test_file_that_is_no_plugin_library_is_named(tmp_path: Path) -> None:
     path = _one("DyT", ir.DataType.FLOAT, NARROW["int8"], tmp_path / "one.onnx")
     (tmp_path / "lib.so").write_bytes(b"no library")
@@ -392,16 +304,15 @@ def test_abort_of_the_parser_is_one_error(
 def test_engines_of_vit_base(
     plugin: PluginInfo, tmp_path_factory: pytest.TempPathFactory, dtype: str, target: str
 ) -> None:
-    folder = tmp_path_factory.getbasetemp() / "vit"
-    files = written(_vit(), (3, 224, 224), folder, dtype)
-    norms, native = (built(path, target=target) for path in (files.norms, files.dyt))
+    vit = files(vit_base(), IMAGE, tmp_path_factory.getbasetemp() / "vit", dtype)
+    norms, native = (built(path, target=target) for path in (vit.norms, vit.dyt))
     assert len(norm_kernels(norms)) >= 25
     assert not norm_kernels(native)
     assert native.kernels <= norms.kernels
-    residual = built(files.dyt, plugin, target)
+    residual = built(vit.dyt, plugin, target)
     assert residual.plugins == {"AddDyT": 24, "DyT": 1}
     assert not norm_kernels(residual)
-    for name, path in files.quantized.items():
+    for name, path in vit.quantized.items():
         report = built(path, plugin, target)
         assert report.plugins == {"AddDyTQuantize": 23, "AddDyT": 1, "DyTQuantize": 1}
         written_first = [x.outputs[0].dtype for x in report.layers if x.type == "custom_layer"]
@@ -411,16 +322,8 @@ def test_engines_of_vit_base(
         assert report.kernels >= built(path, target=target).kernels
 
 
-@cache
-def _vit() -> nn.Module:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    model: nn.Module = timm.create_model("vit_base_patch16_224", pretrained=False).eval()
-    return model
-
-
 def test_convert_fuses_what_the_plugin_computes(tmp_path: Path) -> None:
-    _, conversion = _conversions(_llama(), (TOKENS, WIDTH))
+    _, conversion = conversions(llama(), EMBEDDINGS)
     written = export_onnx(conversion, tmp_path / "fused.onnx", fuse=True)
     assert written.export_error is not None
     assert written.export_error < 1e-5
