@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..dyt import DOMAIN
 from ..errors import ExportError, MissingDependencyError, OptionError
 
 __all__ = ["RUNTIMES", "Runtime", "call", "installed"]
@@ -84,7 +85,9 @@ def call(runtime: Runtime, what: str, request: Mapping[str, Any]) -> dict[str, A
             raise ExportError(f"{runtime.title} ended while {what}: {_last_words(done)}")
         result: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
     if "error" in result:
-        raise ExportError(f"{runtime.title}, {what}: {result['error']}")
+        # Our plugins say there what TensorRT only knows as a return code.
+        told = [line for line in done.stderr.splitlines() if line.startswith(f"{DOMAIN}::")]
+        raise ExportError("; ".join([f"{runtime.title}, {what}: {result['error']}", *told]))
     return result
 
 

@@ -212,8 +212,7 @@ constexpr int kBLOCKS_AT_ONCE = kQUANTIZED<Out> || squash == Squash::kErf ? 2 : 
 // T: dtype of x, residual, sum, gamma, beta; Out: that of y; width: elements that a thread takes at
 // once, 1 or kWIDTH. With width > 1 columns is a multiple of it and all pointers are aligned.
 template <typename T, typename Out, Squash squash, bool residual, int width>
-__global__ void __launch_bounds__(kTHREADS, kBLOCKS_AT_ONCE<Out, squash>)
-    transform(Arguments const arguments)
+__device__ __forceinline__ void transform_rows(Arguments const& arguments)
 {
     long long const column = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * width;
     if (column >= arguments.columns)
@@ -268,6 +267,13 @@ __global__ void __launch_bounds__(kTHREADS, kBLOCKS_AT_ONCE<Out, squash>)
             offset += kROWS * step;
         }
     }
+}
+
+template <typename T, typename Out, Squash squash, bool residual, int width>
+__global__ void __launch_bounds__(kTHREADS, kBLOCKS_AT_ONCE<Out, squash>)
+    transform(Arguments const arguments)
+{
+    transform_rows<T, Out, squash, residual, width>(arguments);
 }
 
 } // namespace dyt

@@ -65,10 +65,8 @@ def plugin(
 
 
 @pytest.fixture(scope="session")
-def host(
-    tmp_path_factory: pytest.TempPathFactory, worker_id: str, nvcc: Path, headers: Path
-) -> Host:
-    """The same sources, kernel included, for the host, over a stub of the CUDA runtime."""
+def for_host(nvcc: Path, headers: Path) -> Callable[..., None]:
+    """Compiles CUDA sources into a library for the host, over a stub of the CUDA runtime."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not found on PATH")
@@ -80,13 +78,26 @@ def host(
         compiler, "-shared", "-fPIC", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror",
         "-Wno-unknown-pragmas", "-include", str(CPP / "emulation.h"), f"-I{SOURCES}",
         "-isystem", root, "-isystem", f"{root}/cccl", "-isystem", str(headers), "-x", "c++",
-        str(SOURCES / "plugin.cu"), str(CPP / "runtime.cpp"), str(CPP / "driver.cpp"),
+        str(CPP / "runtime.cpp"),
     ]  # fmt: skip
+
+    def compiled(output: Path, *sources: Path) -> None:
+        subprocess.run([*command, *map(str, sources), "-o", str(output)], check=True)
+
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def host(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str, for_host: Callable[..., None]
+) -> Host:
+    """The plugin for the host, kernel included, with a driver that leads its life."""
+    sources = (SOURCES / "plugin.cu", CPP / "driver.cpp")
     return Host(
         _once(
             tmp_path_factory,
             worker_id,
             "libdyt_host.so",
-            lambda path: subprocess.run([*command, "-o", str(path)], check=True),
+            lambda path: for_host(path, *sources),
         )
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import erf
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dyt_compile.dyt import FORMS, Form
+from dyt_compile.dyt import FORMS, FUSED, Form
 
 from .host import BF16, FP8, INT8, aligned
 
@@ -31,39 +30,13 @@ SMALLEST = {np.dtype(np.float32): 2.0**-150, np.dtype(np.float16): 2.0**-25, BF1
 LARGEST = {INT8: (-128.0, 127.0), FP8: (-448.0, 448.0)}
 
 
-@dataclass(frozen=True)
-class Operator:
-    """One of the sixteen: a form, with or without residual and quantised output."""
-
-    form: Form
-    residual: bool
-    quantize: bool
-
-    @property
-    def name(self) -> str:
-        """As the creator is called."""
-        return f"{'Add' * self.residual}{self.form.name}{'Quantize' * self.quantize}"
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs in order."""
-        added = ("residual",) if self.residual else ()
-        scale = ("y_scale",) if self.quantize else ()
-        return ("x", *added, *self.form.parameters, *scale)
-
-
-OPERATORS = [
-    Operator(form, residual, quantize)
-    for quantize in (False, True)
-    for residual in (False, True)
-    for form in FORMS.values()
-]
+OPERATORS = [*FORMS.values(), *FUSED.values()]
 
 exact_erf: Callable[[Array], Array] = np.vectorize(erf, otypes=[np.float64])
 
 
 def samples(
-    operator: Operator,
+    operator: Form,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     *,
@@ -103,7 +76,7 @@ def added(inputs: dict[str, Array]) -> Array:
     return (x.astype(np.float64) + inputs["residual"].astype(np.float64)).astype(x.dtype)
 
 
-def expected(operator: Operator, inputs: dict[str, Array]) -> tuple[Array, Array]:
+def expected(operator: Form, inputs: dict[str, Array]) -> tuple[Array, Array]:
     """The value before rounding, in float64, and the error allowed: of the squash and of float32.
 
     The kernel works in float32: one rounding each of alpha * x, and of what gamma and beta make.
@@ -111,7 +84,7 @@ def expected(operator: Operator, inputs: dict[str, Array]) -> tuple[Array, Array
     wide = {name: value.astype(np.float64) for name, value in inputs.items()}
     argument = wide["alpha"] * added(inputs).astype(np.float64)
     narrow = inputs["x"].dtype.itemsize < 4
-    if operator.form.squash == "erf":
+    if operator.squash == "erf":
         argument = argument + wide["shift"]
         squashed = exact_erf(argument)
         relative = ACCURATE
@@ -140,12 +113,12 @@ def quantized(value: Array, scale: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def outside(
-    operator: Operator, inputs: dict[str, Array], y: Array, *, slack: float = 1.0
+    operator: Form, inputs: dict[str, Array], y: Array, *, slack: float = 1.0
 ) -> npt.NDArray[np.bool_]:
     """Where y is none of the values that the error bound allows."""
     value, error = expected(operator, inputs)
     found = y.astype(np.float64)
-    if not operator.quantize:
+    if not operator.quantized:
         return ~(np.abs(found - value) <= slack * rounded(value, error, y.dtype))
     scale = inputs["y_scale"]
     # One more rounding of float32, that of the division.

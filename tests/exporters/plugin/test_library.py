@@ -15,7 +15,7 @@ from dyt_compile.errors import ExportError, OptionError
 from dyt_compile.exporters.plugin.build import ARCHITECTURES, SOURCES, PluginInfo
 
 from .reference import OPERATORS
-from .runtimes import LEAN, RTX, registry
+from .registries import LEAN, RTX, registry
 
 
 def _installed(module: str) -> pytest.MarkDecorator:
@@ -66,15 +66,15 @@ def test_registry_loads_the_library_and_makes_run_time_plugins(
     assert not found["version 2"]
     for operator in OPERATORS:
         creator = found["creators"][operator.name]
-        quantize = operator.quantize
+        quantize = operator.quantized
         assert creator["version"] == "1"
         assert creator["fields"] == ([["output_dtype", "INT32"]] if quantize else [])
         assert creator["makes"] == {
             "nothing given": not quantize, "1": not quantize, "3": True, "17": True
         }  # fmt: skip
-    refused = [line for line in found["errors"] if line.startswith("dyt::")]
-    assert len(refused) == 2 * sum(operator.quantize for operator in OPERATORS)
-    assert "dyt::DerfQuantize: output_dtype is 0; allowed: 3 (INT8) and 17" in "".join(refused)
+    assert len(found["told"]) == 2 * sum(operator.quantized for operator in OPERATORS)
+    refused = "dyt::DerfQuantize: output_dtype is 0; allowed: 3 (INT8) and 17 (FLOAT8E4M3FN)"
+    assert any(line.startswith(refused) for line in found["told"])
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -166,3 +166,17 @@ def test_wheel_ships_the_sources(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("core.cuh", "kernel.cuh", "launch.cuh", "forms.h", "plugin.cu"):
         assert f"dyt_compile/exporters/plugin/{name}" in names
+
+
+def test_info_prints_every_plugin_with_its_inputs(
+    plugin: PluginInfo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dyt_compile.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main(["plugin", "info", str(plugin.path)])
+    assert not end.value.code
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "headers of TensorRT 10.14, compute capabilities 80, 89, 90, 100, 120" in first
+    assert len(lines) == len(OPERATORS)
+    assert "  dyt::AddDyT version 1 (x, residual, alpha, gamma, beta)" in lines

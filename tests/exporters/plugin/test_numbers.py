@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dyt_compile.dyt import Form
+
 from .host import BF16, FP8, INT8, OUTPUT_DTYPES, Array, Host, aligned
 from .reference import (
     HARDWARE_TANH,
     OPERATORS,
     ROUNDING,
     SMALLEST,
-    Operator,
     added,
     outside,
     quantized,
@@ -31,7 +32,7 @@ CASES = [
     pytest.param(operator, dtype, out, id=f"{operator.name}-{dtype}-{out}")
     for operator in OPERATORS
     for dtype in DTYPES
-    for out in (QUANTIZED if operator.quantize else [dtype])
+    for out in (QUANTIZED if operator.quantized else [dtype])
 ]
 DYT, ADD_DYT, ADD_DERF = (
     next(o for o in OPERATORS if o.name == name) for name in ("DyT", "AddDyT", "AddDerf")
@@ -43,7 +44,7 @@ BARE_QUANTIZE = next(o for o in OPERATORS if o.name == "DyTBareQuantize")
 
 def computed(
     host: Host,
-    operator: Operator,
+    operator: Form,
     inputs: dict[str, Array],
     out: np.dtype[Any] | None = None,
     offset: int = 0,
@@ -60,14 +61,14 @@ def computed(
         operator.name,
         [inputs[name] for name in operator.inputs],
         outputs,
-        OUTPUT_DTYPES[out] if operator.quantize else 0,
+        OUTPUT_DTYPES[out] if operator.quantized else 0,
     )
     return outputs
 
 
 def check(
     host: Host,
-    operator: Operator,
+    operator: Form,
     inputs: dict[str, Array],
     out: np.dtype[Any] | None = None,
     offset: int = 0,
@@ -82,7 +83,7 @@ def check(
 @pytest.mark.parametrize(("operator", "dtype", "out"), CASES)
 @pytest.mark.parametrize("error", ERRORS)
 def test_every_form_and_dtype_matches_float64(
-    host: Host, operator: Operator, dtype: np.dtype[Any], out: np.dtype[Any], error: float
+    host: Host, operator: Form, dtype: np.dtype[Any], out: np.dtype[Any], error: float
 ) -> None:
     with host.setting("tanh_error", error, 0):
         for per_channel in (False, True):
@@ -94,7 +95,7 @@ def test_every_form_and_dtype_matches_float64(
 @pytest.mark.parametrize("shape", [(2, 6, 4, 8), (2, 5, 3, 7)], ids=str)
 def test_channels_first_matches_float64(
     host: Host,
-    operator: Operator,
+    operator: Form,
     dtype: np.dtype[Any],
     out: np.dtype[Any],
     shape: tuple[int, ...],
@@ -186,7 +187,7 @@ def test_all_narrow_inputs_keep_the_bound(host: Host, dtype: np.dtype[Any], erro
 @pytest.mark.parametrize("operator", [DYT, ADD_DERF], ids=lambda operator: operator.name)
 @pytest.mark.parametrize("error", ERRORS)
 def test_all_narrow_inputs_keep_the_bound_with_parameters(
-    host: Host, dtype: np.dtype[Any], operator: Operator, error: float
+    host: Host, dtype: np.dtype[Any], operator: Form, error: float
 ) -> None:
     inputs = samples(operator, (256, 256), dtype)
     x = every(dtype)
@@ -276,7 +277,7 @@ def test_more_than_65535_channels_first_are_reached(host: Host) -> None:
     ],
 )
 def test_elements_beyond_two_to_the_31_are_reached(
-    host: Host, operator: Operator, shape: tuple[int, ...]
+    host: Host, operator: Form, shape: tuple[int, ...]
 ) -> None:
     """The last block alone is run, over memory that is reserved but hardly touched."""
     x, y = np.zeros(shape, np.float16), np.zeros(shape, np.float16)
