@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 
 from benchmarks.matrix import routes
 from benchmarks.matrix.__main__ import RESULTS, TABLE, merged
+from benchmarks.matrix.hyena import HyenaDNA
 from benchmarks.matrix.routes import QUICK, ROUTES, Cell, State, Subject, facts, take
 from benchmarks.matrix.system import Inputs, System
 from benchmarks.matrix.systems import SYSTEMS, paper
@@ -146,6 +147,15 @@ def test_kind_is_what_the_outputs_show(module: nn.Module, kind: str) -> None:
     found = truth(system, model, numbers(model, 2, 0), kinds=True)
     assert found.kinds == {kind: 1}
     assert found.norms == ("1",)
+
+
+def test_hyena_is_one_function_with_and_without_fourier_transforms() -> None:
+    model = HyenaDNA(16, 2, 64).eval()
+    direct = HyenaDNA(16, 2, 64, direct=True).eval()
+    direct.load_state_dict(model.state_dict())
+    ids = torch.arange(24).reshape(2, 12) % 16
+    with torch.no_grad():
+        assert routes.same([direct(ids)], [model(ids)]) < 1e-5
 
 
 def test_outputs_that_differ_fail() -> None:
