@@ -18,7 +18,7 @@ ROOT = Path(dyt_compile.__file__).parent
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress"),
-    ("terms", "batches", "files", "fits", "metrics", "nn", "huggingface"),
+    ("terms", "batches", "files", "fits", "metrics", "nn", "huggingface", "scatter"),
     ("sites", "proof", "calibration", "channels", "constants", "producers", "views"),
     # a model as a graph, and what runs it
     ("graphs", "runtime"),
