@@ -22,6 +22,7 @@ __all__ = [
     "export_onnx",
     "fold",
     "inspect",
+    "write_report",
 ]
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .exporters.onnx import export_onnx
     from .passes.fold import Folded
     from .report import Report
+    from .report.writing import write_report
     from .sites import Match, NormKind, NormSite, Refusal
 
 _HOMES = {
@@ -52,6 +54,7 @@ _HOMES = {
     "export_onnx": "exporters.onnx",
     "fold": "compiler",
     "inspect": "compiler",
+    "write_report": "report.writing",
 }
 
 

@@ -13,6 +13,7 @@ from ..errors import OptionError
 from ..exporters.onnx import export_onnx
 from ..progress import reporting
 from ..report.terminal import fold_table, report_table
+from ..report.writing import check_target, write_report
 from .options import BatchSize, Data, Model, Provider, ProviderName, Verbose
 from .progress import TerminalReporter, console
 from .sources import load_data, load_model
@@ -74,7 +75,10 @@ def convert(
     ] = Dtype.fp32,
     provider: ProviderName = Provider.cpu,
     seed: Annotated[int, typer.Option(help="Of the split into fit, plan and report.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(help="Write the report: one page (.html) or JSON (.json); may be repeated."),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Write the fitted values as safetensors.")
     ] = None,
@@ -92,6 +96,8 @@ def convert(
         raise OptionError(f"-o is {str(out)!r}; allowed: a file that ends in .onnx")
     if calibration is not None and (data is None or mode is Mode.exact):
         raise OptionError("--calibration needs --data: mode exact fits nothing")
+    for path in report or ():
+        check_target(path)
     source = load_model(model)
     with reporting(TerminalReporter(console(stderr=True))):
         result = compiler.convert(
@@ -108,8 +114,8 @@ def convert(
             fold=fold,
         )
         written = export_onnx(result, out, opset=opset, dtype=dtype.value, provider=provider.value)
-    if report is not None:
-        result.report.save(report)
+    for path in report or ():
+        write_report(result.report, path, exported=written)
     if calibration is not None and result.calibration is not None:
         result.calibration.save(calibration)
     console().print(report_table(result.report))
@@ -125,3 +131,6 @@ def convert(
         f"{written.dtype}, {checked}",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
+    for path in report or ():
+        size = f"{path.stat().st_size / 1e6:.1f} MB"
+        console().print(f"wrote {path}: {size}", soft_wrap=True, highlight=False)
