@@ -14,8 +14,8 @@ from ..exporters.onnx import export_onnx
 from ..progress import reporting
 from ..report.terminal import fold_table, report_table
 from ..report.writing import check_target, write_report
-from .options import BatchSize, Data, Model, Provider, ProviderName, Verbose
-from .progress import TerminalReporter, console
+from .options import BatchSize, Data, Model, Provider, ProviderName, Reports, Verbose
+from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
 
 __all__ = ["convert"]
@@ -75,10 +75,7 @@ def convert(
     ] = Dtype.fp32,
     provider: ProviderName = Provider.cpu,
     seed: Annotated[int, typer.Option(help="Of the split into fit, plan and report.")] = 0,
-    report: Annotated[
-        list[Path] | None,
-        typer.Option(help="Write the report: one page (.html) or JSON (.json); may be repeated."),
-    ] = None,
+    report: Reports = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Write the fitted values as safetensors.")
     ] = None,
@@ -114,8 +111,6 @@ def convert(
             fold=fold,
         )
         written = export_onnx(result, out, opset=opset, dtype=dtype.value, provider=provider.value)
-    for path in report or ():
-        write_report(result.report, path, exported=written)
     if calibration is not None and result.calibration is not None:
         result.calibration.save(calibration)
     console().print(report_table(result.report))
@@ -132,5 +127,4 @@ def convert(
         soft_wrap=True, highlight=False,
     )  # fmt: skip
     for path in report or ():
-        size = f"{path.stat().st_size / 1e6:.1f} MB"
-        console().print(f"wrote {path}: {size}", soft_wrap=True, highlight=False)
+        tell_written(write_report(result.report, path, exported=written))

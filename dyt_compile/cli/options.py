@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["BatchSize", "Data", "Model", "Provider", "ProviderName", "Verbose"]
+__all__ = ["BatchSize", "Data", "Model", "Provider", "ProviderName", "Reports", "Verbose"]
 
 MODEL_HELP = (
     "An .onnx file, a .pt2 file, a Hugging Face folder, file.py:function or "
@@ -31,3 +31,10 @@ BatchSize = Annotated[int, typer.Option(help="Samples a batch, for an .npz file.
 ProviderName = Annotated[Provider, typer.Option(help="Where ONNX Runtime computes.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write JSON.", show_default=False)]
+Reports = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Write the report: one page (.html) or JSON (.json); may be repeated.",
+        show_default=False,
+    ),
+]

@@ -18,7 +18,8 @@ from ..dyt import evaluate
 from ..errors import MissingDependencyError
 from ..exporters.onnx import OnnxExport
 from ..scatter import Scatter
-from .records import Report
+from ..sites import Match
+from .records import Report, environment
 
 __all__ = ["check_plotly", "page"]
 
@@ -33,7 +34,8 @@ SIGNIFICANT = 4
 class Column:
     """One column of a table: the field of the records, its heading, and what it means.
 
-    kind: "text", "site" (text that selects the site), "state" or "number".
+    kind: "text"; "site", text that selects the site; "state", DyT or norm; "count", a whole number;
+    "exact", a number as it is; "number", a measured one, rounded for its column.
     """
 
     field: str
@@ -58,18 +60,33 @@ SITES = (
 )
 """The table of sites; a new field of `SiteReport` needs one line here."""
 
+FOUND = (
+    *SITES[:4],
+    Column("eps", "eps", "exact", "added to the mean of squares"),
+    Column("affine", "affine"),
+    Column("folds", "folds", hint="what every reader can take up in its weights"),
+    Column("unfolded", "why not folded"),
+    Column("consumers", "read by"),
+)
+"""The table of sites before any conversion, as `inspect` finds them."""
+
 REFUSALS = (Column("name", "norm"), Column("kind", "kind"), Column("reason", "why refused"))
 
 
-def page(report: Report, exported: OnnxExport | None = None) -> str:
-    """The page as text. Raises MissingDependencyError without the package plotly."""
+def page(report: Report | Match, exported: OnnxExport | None = None) -> str:
+    """The page as text; of a Match, what there is before a conversion.
+
+    Raises MissingDependencyError without the package plotly.
+    """
     check_plotly()
     from plotly.offline import get_plotlyjs
 
     parts = {
         "title": html.escape(f"{report.model} · dyt-compile"),
         "style": _resource("page.css"),
-        "data": _embedded(_data(report, exported)),
+        "data": _embedded(
+            _found(report) if isinstance(report, Match) else _converted(report, exported)
+        ),
         "plotly": get_plotlyjs(),
         "script": _resource("page.js"),
     }
@@ -107,29 +124,55 @@ def _strict(data: Any) -> Any:
     return [_strict(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
-def _data(report: Report, exported: OnnxExport | None) -> dict[str, Any]:
+def _converted(report: Report, exported: OnnxExport | None) -> dict[str, Any]:
+    """What the page of a conversion shows."""
     figures = report.to_dict()
-    for place, site in enumerate(figures["sites"], 1):
-        site.update(place=place, now="DyT" if site["converted"] else "norm")
-        site["consumers"] = _counted(site["consumers"])
+    cost = ("metric", "budget", "attempts", "converted", "error", "standard_error")
+    for site in figures["sites"]:
+        site["now"] = "DyT" if site["converted"] else "norm"
     return {
         "model": report.model,
         "headline": _headline(report),
         "cards": _cards(report, exported),
-        "sites": {"columns": _columns(SITES), "rows": figures["sites"]},
-        "refusals": {"columns": _columns(REFUSALS), "rows": figures["refusals"]},
-        "cost": {
-            name: figures[name]
-            for name in ("metric", "budget", "attempts", "converted", "error", "standard_error")
-        },
+        "sites": _site_table(SITES, figures["sites"]),
+        "refusals": _table(REFUSALS, figures["refusals"]),
+        "cost": {name: figures[name] for name in cost},
         "scatters": [_drawn(site.scatter) for site in report.sites],
         "seconds": [[name, f"{spent:.1f} s"] for name, spent in report.seconds.items()],
         "environment": list(map(list, report.environment.items())),
     }
 
 
-def _columns(columns: Sequence[Column]) -> list[dict[str, str]]:
-    return [vars(column) for column in columns]
+def _found(match: Match) -> dict[str, Any]:
+    """What the page of an inspection shows: no figures, there are none yet."""
+    figures = match.to_dict()
+    for site in figures["sites"]:
+        site.update(affine=" ".join(site["affine"]), folds=" ".join(site["folds"]))
+    counts = f"{len(match.sites)} sites, {len(match.refusals)} refused."
+    return {
+        "model": match.model,
+        "headline": f"{counts} Nothing was converted or measured: this is what inspect found.",
+        "cards": [],
+        "sites": _site_table(FOUND, figures["sites"]),
+        "refusals": _table(REFUSALS, figures["refusals"]),
+        "cost": None,
+        "scatters": [None] * len(match.sites),
+        "seconds": [],
+        "environment": list(map(list, environment().items())),
+    }
+
+
+def _site_table(columns: Sequence[Column], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    for place, row in enumerate(rows, 1):
+        row.update(place=place, consumers=_counted(row["consumers"]))
+    return _table(columns, rows)
+
+
+def _table(columns: Sequence[Column], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The columns, and of each row what they show."""
+    fields = {column.field for column in columns} | {"place", "now"}
+    shown = [{name: value for name, value in row.items() if name in fields} for row in rows]
+    return {"columns": [vars(column) for column in columns], "rows": shown}
 
 
 def _headline(report: Report) -> str:
@@ -171,8 +214,14 @@ def _cards(report: Report, exported: OnnxExport | None) -> list[dict[str, str]]:
 
 
 def _error(error: float, deviation: float | None) -> str:
-    told = f"{error:.3g}"
-    return told if deviation is None else f"{told} ± {deviation:.1g}"
+    """An error to the digit that its standard error leaves certain."""
+    if deviation is None or not math.isfinite(deviation) or deviation <= 0:
+        return f"{error:.3g}"
+    digits = math.floor(math.log10(deviation))
+    if digits < -6:
+        return f"{error:.2g} ± {deviation:.1g}"
+    places = max(0, -digits)
+    return f"{error:.{places}f} ± {deviation:.{places}f}"
 
 
 def _counted(names: Iterable[str]) -> str:

@@ -9,15 +9,19 @@ from pathlib import Path
 from ..errors import OptionError
 from ..exporters.onnx import OnnxExport
 from ..files import replaced
+from ..sites import Match
 from .html import check_plotly, page
 from .records import Report
 
 __all__ = ["check_target", "write_report"]
 
 
-def write_report(report: Report, path: str | Path, *, exported: OnnxExport | None = None) -> Path:
+def write_report(
+    report: Report | Match, path: str | Path, *, exported: OnnxExport | None = None
+) -> Path:
     """Write a report as one HTML page (.html) or as JSON (.json), and return its path.
 
+    report: that of a conversion, or what `inspect` returned.
     The page needs no network: plotly.js (about 5 MB) lies inside it, and some 15 KB a site.
     exported: what `export_onnx` returned, to tell of the file and its export error too.
     Raises OptionError for another suffix, MissingDependencyError for .html without the package
@@ -39,7 +43,7 @@ def check_target(path: Path) -> None:
         check_plotly()
 
 
-def _json(report: Report, exported: OnnxExport | None) -> str:
+def _json(report: Report | Match, exported: OnnxExport | None) -> str:
     data = report.to_dict()
     if exported is not None:
         data["exported"] = {**asdict(exported), "path": str(exported.path)}

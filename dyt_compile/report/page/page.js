@@ -26,7 +26,9 @@ function significant(value) {
 
 const SCALE = [[0, "#4169e1"], [0.5, "#c0429a"], [1, "#ee8a12"]];
 const coarse = matchMedia("(pointer: coarse)").matches;
-const CONFIG = { displaylogo: false, responsive: true, modeBarButtons: [["toImage", "resetScale2d"]] };
+const narrow = matchMedia("(max-width: 760px)");
+// On a narrow page the buttons would lie on the legend.
+const config = () => ({ displaylogo: false, responsive: true, displayModeBar: narrow.matches ? false : "hover", modeBarButtons: [["toImage", "resetScale2d"]] });
 
 function colours() {
   const style = getComputedStyle(document.documentElement);
@@ -37,7 +39,7 @@ function colours() {
 function axis(title, more) {
   const { line, grid, quiet } = colours();
   return {
-    title: { text: title, standoff: 8 }, gridcolor: grid, linecolor: line, zerolinecolor: line, tickcolor: line,
+    title: { text: title, standoff: 8, font: { size: 13 } }, tickfont: { size: 12 }, gridcolor: grid, linecolor: line, zerolinecolor: line, tickcolor: line,
     ticks: "outside", ticklen: 4, automargin: true, color: quiet, exponentformat: "power", ...more,
   };
 }
@@ -53,24 +55,35 @@ function layout(x, y, more) {
   };
 }
 
-// A logarithmic axis where the values span more than a factor of 20.
+// A logarithmic axis, with ticks at 1, 2 and 5, where the values span more than a factor of 20.
 function span(values) {
   const found = values.map(number).filter((value) => Number.isFinite(value) && value > 0);
-  const wide = found.length > 0 && Math.max(...found) > 20 * Math.min(...found);
-  return wide ? { type: "log", dtick: "D1", minor: {}, nticks: 5, tickmode: "auto" } : { rangemode: "tozero" };
+  const [low, high] = [Math.min(...found), Math.max(...found)];
+  if (!(high > 20 * low)) return { rangemode: "tozero" };
+  const decades = Array.from({ length: 40 }, (_, place) => 10 ** (place - 20));
+  const steps = Math.log10(high / low) > 3 ? [1] : [1, 2, 5];
+  const ticks = decades.flatMap((decade) => steps.map((step) => step * decade)).filter((tick) => tick > low / 5 && tick < high * 5);
+  return { type: "log", tickvals: ticks, ticktext: ticks.map(significant), minor: { ticks: "" } };
 }
 
 function drawCost() {
   const { attempts, budget, metric, converted, error, standard_error: deviation } = data.cost;
   const { dyt, quiet, norm } = colours();
+  const best = new Map(); // the smallest error of each number of sites
+  for (const [count, missed] of attempts) if (known(missed)) best.set(count, Math.min(missed, best.get(count) ?? missed));
+  const counts = [...best.keys()].sort((a, b) => a - b);
   const traces = [
     {
-      name: "tried (plan samples)", mode: "markers", x: attempts.map(([count]) => count),
+      mode: "lines", x: counts, y: counts.map((count) => best.get(count)), line: { color: quiet, width: 1 },
+      showlegend: false, hoverinfo: "skip",
+    },
+    {
+      name: "tried", mode: "markers", x: attempts.map(([count]) => count),
       y: attempts.map(([, missed]) => number(missed)), marker: { color: quiet, size: 8, opacity: 0.75 },
       hovertemplate: "%{x} converted: %{y:.3g}<extra>tried, plan samples</extra>",
     },
     {
-      name: "taken (report samples)", mode: "markers", x: [converted], y: [number(error)],
+      name: "taken", mode: "markers", x: [converted], y: [number(error)],
       error_y: { type: "data", array: [number(deviation)], color: dyt, thickness: 1.5 },
       marker: { color: dyt, size: 12, symbol: "diamond" },
       hovertemplate: "%{x} converted: %{y:.3g}<extra>taken, report samples</extra>",
@@ -84,8 +97,8 @@ function drawCost() {
     });
   }
   const x = axis("converted sites", { range: [-0.04 * total - 0.3, 1.04 * total + 0.3], tickformat: "d", zeroline: false });
-  const y = axis(`${metric} error at the output`, span([...attempts.map(([, missed]) => missed), error]));
-  Plotly.react("cost", traces, layout(x, y), CONFIG);
+  const y = axis(`${metric} error`, span([...attempts.map(([, missed]) => missed), error]));
+  Plotly.react("cost", traces, layout(x, y), config());
 }
 
 // A series over sites in execution order; hollow where the site keeps its norm.
@@ -104,7 +117,7 @@ function drawDepth(id, title, traces) {
   const x = axis("site", { range: [1 - 0.03 * total - 0.2, total + 0.03 * total + 0.2], tickformat: "d", zeroline: false });
   const legend = { showlegend: traces.length > 1 };
   const values = traces.flatMap((trace) => trace.y);
-  Plotly.react(id, traces.filter((trace) => trace.x.length), layout(x, axis(title, span(values)), legend), CONFIG);
+  Plotly.react(id, traces.filter((trace) => trace.x.length), layout(x, axis(title, span(values)), legend), config());
   const plot = byId(id);
   plot.removeAllListeners("plotly_click");
   plot.on("plotly_click", (event) => select(event.points[0].x - 1, true));
@@ -124,8 +137,8 @@ function drawCharts() {
   const middle = sites.map((site) => site.sigma_median);
   const largest = sites.map((site) => (known(site.sigma_median) && known(site.sigma_peak) ? site.sigma_median * site.sigma_peak : null));
   const parts = {
-    cost: [known(data.cost.error), drawCost],
-    alone: [alone.some(known), () => drawDepth("alone", `${data.cost.metric} error at the output`,
+    cost: [data.cost?.attempts.length > 1, drawCost],
+    alone: [alone.some(known), () => drawDepth("alone", `${data.cost?.metric} error`,
       [split("DyT", alone, isDyt, dyt), split("norm", alone, kept, norm)])],
     alpha: [alphas.some(known), () => drawDepth("alpha", "α",
       [split("DyT", alphas, isDyt, dyt), split("norm", alphas, kept, norm)])],
@@ -133,10 +146,10 @@ function drawCharts() {
       [overDepth("median", middle, dyt, "circle", () => true), overDepth("largest", largest, quiet, "triangle-up", () => true)])],
   };
   for (const [name, [possible, draw]] of Object.entries(parts)) {
-    document.querySelector(`[data-needs=${name}]`).hidden = !possible;
     if (possible) draw();
+    else document.querySelector(`[data-needs=${name}]`)?.remove();
   }
-  byId("charts").hidden = !Object.values(parts).some(([possible]) => possible);
+  byId("charts").hidden = !byId("charts").childElementCount;
 }
 
 /* Input against output */
@@ -147,7 +160,9 @@ function points(scatter, colour, title) {
     mode: "markers", showlegend: false, x: scatter.x.flat(), y: scatter.y.flat(),
     marker: {
       size: 5, opacity: 0.8, colorscale: SCALE, color: places.map(([token, channel]) => colour(token, channel)),
-      colorbar: { title: { text: title, side: "right" }, thickness: 10, outlinewidth: 0, len: 0.9, ticklen: 3, ticks: "outside" },
+      colorbar: { thickness: 10, outlinewidth: 0, nticks: 6, ticklen: 3, ticks: "outside", tickfont: { size: 12 }, ...(narrow.matches
+        ? { orientation: "h", title: { text: title, side: "top", font: { size: 13 } }, y: 1.02, yanchor: "bottom", len: 1 }
+        : { title: { text: title, side: "right", font: { size: 13 } }, len: 0.9 }) },
     },
     customdata: places.map(([token, channel]) => [scatter.sigma[token], scatter.channels[channel]]),
     hovertemplate: "x %{x:.3g}, y %{y:.3g}<br>σ of token %{customdata[0]:.3g}, channel %{customdata[1]}<extra></extra>",
@@ -179,9 +194,9 @@ function drawCurves(scatter) {
     byToken.push({ ...line, y: fit.x.map((_, at) => median(all.map((y) => y[at]))), line: { color: colours().text, width: 2.5 } });
     all.forEach((y, channel) => byChannel.push({ ...line, y, line: { color: mixed(channel / last), width: 1.2 } }));
   }
-  const axes = () => layout(axis("input x"), axis("output y"), { margin: { l: 50, r: 8, t: 8, b: 44 } });
-  Plotly.react("by-token", byToken, axes(), CONFIG);
-  Plotly.react("by-channel", byChannel, axes(), CONFIG);
+  const axes = () => layout(axis("input x"), axis("output y"), { margin: { l: 50, r: 8, t: narrow.matches ? 56 : 8, b: 44 } });
+  Plotly.react("by-token", byToken, axes(), config());
+  Plotly.react("by-channel", byChannel, axes(), config());
 }
 
 let selected = 0;
@@ -221,7 +236,7 @@ function shown(value, column, places) {
 }
 
 function compare(column, rising) {
-  const numeric = column.kind === "number" || column.kind === "count";
+  const numeric = ["number", "count", "exact"].includes(column.kind);
   return (a, b) => {
     const [first, second] = [a[column.field], b[column.field]];
     const missing = (value) => value === null || value === "" || (numeric && Number.isNaN(Number(value)));
@@ -285,7 +300,7 @@ class Table {
 }
 
 function siteCell(column, row, text) {
-  if (column.kind !== "site") return text;
+  if (column.kind !== "site" || !data.scatters[row.place - 1]) return text;
   const button = element("button", text);
   button.type = "button";
   button.addEventListener("click", () => select(row.place - 1, true));
@@ -325,6 +340,10 @@ function build() {
   byId("next").addEventListener("click", () => select(selected + 1));
   byId("curves").hidden = !data.scatters.some(Boolean);
   byId("refusals").hidden = !data.refusals.rows.length;
+  byId("sites").hidden = !sites.length;
+  byId("state").hidden = !sites.some((site) => site.now);
+  byId("cards").hidden = !data.cards.length;
+  byId("seconds").parentElement.hidden = !data.seconds.length;
 }
 
 function draw() {
@@ -332,7 +351,7 @@ function draw() {
   if (data.scatters.some(Boolean)) select(selected);
 }
 
-build();
 selected = Math.max(data.scatters.findIndex(Boolean), 0);
-draw();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+build();
+addEventListener("DOMContentLoaded", draw); // plotly.js stands behind this script: text comes first
+for (const changed of [matchMedia("(prefers-color-scheme: dark)"), narrow]) changed.addEventListener("change", draw);
