@@ -147,7 +147,7 @@ def _found(match: Match) -> dict[str, Any]:
     """What the page of an inspection shows: no figures, there are none yet."""
     figures = match.to_dict()
     for site in figures["sites"]:
-        site.update(affine=" ".join(site["affine"]), folds=" ".join(site["folds"]))
+        site.update({key: _symbols(site[key]) for key in ("affine", "folds")})
     counts = f"{len(match.sites)} sites, {len(match.refusals)} refused."
     return {
         "model": match.model,
@@ -213,15 +213,19 @@ def _cards(report: Report, exported: OnnxExport | None) -> list[dict[str, str]]:
     return [dict(zip(("label", "value", "note"), card, strict=True)) for card in cards]
 
 
+def _symbols(parameters: Iterable[str]) -> str:
+    return " ".join({"gamma": "γ", "beta": "β"}[name] for name in parameters)
+
+
 def _error(error: float, deviation: float | None) -> str:
     """An error to the digit that its standard error leaves certain."""
     if deviation is None or not math.isfinite(deviation) or deviation <= 0:
         return f"{error:.3g}"
     digits = math.floor(math.log10(deviation))
     if digits < -6:
-        return f"{error:.2g} ± {deviation:.1g}"
+        return f"{error:.2g}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{deviation:.1g}"
     places = max(0, -digits)
-    return f"{error:.{places}f} ± {deviation:.{places}f}"
+    return f"{error:.{places}f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{deviation:.{places}f}"
 
 
 def _counted(names: Iterable[str]) -> str:

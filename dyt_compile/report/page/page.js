@@ -115,7 +115,7 @@ function overDepth(name, values, colour, symbol, solid) {
 function drawDepth(id, title, traces) {
   const total = sites.length;
   const x = axis("site", { range: [1 - 0.03 * total - 0.2, total + 0.03 * total + 0.2], tickformat: "d", zeroline: false });
-  const legend = { showlegend: traces.length > 1 };
+  const legend = { showlegend: traces.filter((trace) => trace.x.length).length > 1 };
   const values = traces.flatMap((trace) => trace.y);
   Plotly.react(id, traces.filter((trace) => trace.x.length), layout(x, axis(title, span(values)), legend), config());
   const plot = byId(id);
@@ -194,7 +194,7 @@ function drawCurves(scatter) {
     byToken.push({ ...line, y: fit.x.map((_, at) => median(all.map((y) => y[at]))), line: { color: colours().text, width: 2.5 } });
     all.forEach((y, channel) => byChannel.push({ ...line, y, line: { color: mixed(channel / last), width: 1.2 } }));
   }
-  const axes = () => layout(axis("input x"), axis("output y"), { margin: { l: 50, r: 8, t: narrow.matches ? 56 : 8, b: 44 } });
+  const axes = () => layout(axis("input x"), axis("output y"), { margin: { l: 50, r: 8, t: 8, b: 44 } });
   Plotly.react("by-token", byToken, axes(), config());
   Plotly.react("by-channel", byChannel, axes(), config());
 }
@@ -228,6 +228,7 @@ function decimals(rows, field) {
 
 function shown(value, column, places) {
   if (value === null || value === undefined) return "";
+  if (column.kind === "exact") return significant(number(value));
   if (column.kind !== "number") return String(value);
   const found = number(value);
   if (!Number.isFinite(found)) return String(value);
@@ -289,7 +290,7 @@ class Table {
   line(row) {
     const line = element("tr", undefined, row.now);
     if (row.place) line.dataset.place = row.place - 1;
-    line.classList.toggle("selected", row.place - 1 === selected);
+    line.classList.toggle("selected", row.place - 1 === selected && Boolean(data.scatters[selected]));
     this.columns.forEach((column, place) => {
       const text = shown(row[column.field], column, this.places[place]);
       const cell = line.appendChild(element("td", undefined, text.length > 40 && column.kind === "text" ? "text wide" : column.kind));
@@ -300,8 +301,11 @@ class Table {
 }
 
 function siteCell(column, row, text) {
-  if (column.kind !== "site" || !data.scatters[row.place - 1]) return text;
-  const button = element("button", text);
+  if (column.kind !== "site") return text;
+  const drawn = data.scatters[row.place - 1];
+  const button = element(drawn ? "button" : "span");
+  for (const part of text.split(/(?<=[._/])/)) button.append(part, element("wbr")); // long paths break between names
+  if (!drawn) return button;
   button.type = "button";
   button.addEventListener("click", () => select(row.place - 1, true));
   return button;
