@@ -44,6 +44,8 @@ class Column:
     hint: str = ""
 
 
+SCRIPTS = ("data.js", "charts.js", "curves.js", "tables.js", "page.js")
+
 SITES = (
     Column("place", "#", "count", "place in execution order"),
     Column("name", "site", "site"),
@@ -88,7 +90,7 @@ def page(report: Report | Match, exported: OnnxExport | None = None) -> str:
             _found(report) if isinstance(report, Match) else _converted(report, exported)
         ),
         "plotly": get_plotlyjs(),
-        "script": _resource("page.js"),
+        "script": "\n".join(map(_resource, SCRIPTS)),
     }
     # Split, not replaced: what is put in is never searched for marks.
     first, *pieces = _resource("page.html").split("<!--put ")

@@ -17,7 +17,7 @@ from .models import HOSTILE, converted
 
 pytest.importorskip("selenium")
 
-from benchmarks.browser import Browser, available, opened  # noqa: E402 - needs selenium
+from benchmarks.browser import Browser, available, opened
 
 pytestmark = pytest.mark.skipif(
     not (available() or os.environ.get("CI")),
@@ -51,25 +51,25 @@ def _write(report: Report, folder: Path) -> Path:
     return write_report(report, folder / "report.html")
 
 
+HEADING = """const [heading] = arguments, table = document.getElementById("site-table");
+const headings = [...table.querySelectorAll("th")];
+const place = headings.findIndex((th) => th.innerText.trim().startsWith(heading));"""
+
+
 def _column(browser: Browser, heading: str) -> list[str]:
     """The cells of a column of the sites, from the top."""
     cells: list[str] = browser.run(
-        """const [heading] = arguments;
-        const table = document.getElementById("site-table");
-        const place = [...table.querySelectorAll("th")].findIndex((th) => th.innerText.trim().startsWith(heading));
-        return [...table.tBodies[0].rows].map((row) => row.cells[place].textContent);""",
+        HEADING + "return [...table.tBodies[0].rows].map((row) => row.cells[place].textContent);",
         heading,
-    )  # fmt: skip
+    )
     return cells
 
 
 def _press(browser: Browser, heading: str) -> str | None:
     """Click a heading of the table of sites; how it is sorted now."""
     sort: str | None = browser.run(
-        """const [heading] = arguments;
-        const th = [...document.querySelectorAll("#site-table th")].find((th) => th.innerText.trim().startsWith(heading));
-        th.querySelector("button").click();
-        return th.getAttribute("aria-sort");""",
+        HEADING + """headings[place].querySelector("button").click();
+        return headings[place].getAttribute("aria-sort");""",
         heading,
     )  # fmt: skip
     return sort
@@ -94,24 +94,27 @@ def _drawn(browser: Browser) -> dict[str, int]:
     return marks
 
 
+CROSSING = """
+const inside = (a, b) => a.left >= b.left - 1 && a.right <= b.right + 1
+  && a.top >= b.top - 1 && a.bottom <= b.bottom + 1;
+const crossing = (a, b) => a.left < b.right - 1 && b.left < a.right - 1
+  && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+const found = [];
+for (const plot of document.querySelectorAll(".plot")) {
+  const texts = [...plot.querySelectorAll("svg text")].filter((text) => text.textContent.trim());
+  const labels = texts.map((text) => [text.textContent, text.getBoundingClientRect()]);
+  labels.forEach(([one, box], place) => {
+    if (!inside(box, plot.getBoundingClientRect())) found.push([plot.id, one, "outside"]);
+    for (const [other, another] of labels.slice(place + 1))
+      if (crossing(box, another)) found.push([plot.id, one, other]);
+  });
+}
+return found;"""
+
+
 def _crossing(browser: Browser) -> list[Any]:
     """Pairs of labels of one chart whose boxes lie over each other, and labels outside of it."""
-    pairs: list[Any] = browser.run(
-        """const found = [];
-        for (const plot of document.querySelectorAll(".plot")) {
-          const frame = plot.getBoundingClientRect();
-          const texts = [...plot.querySelectorAll("svg text")].filter((text) => text.textContent.trim());
-          const boxes = texts.map((text) => text.getBoundingClientRect()).map((box, i) => [box, texts[i].textContent]);
-          boxes.forEach(([a, one], i) => {
-            if (a.left < frame.left - 1 || a.right > frame.right + 1 || a.top < frame.top - 1 || a.bottom > frame.bottom + 1)
-              found.push([plot.id, one, "outside"]);
-            for (const [b, other] of boxes.slice(i + 1))
-              if (a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1)
-                found.push([plot.id, one, other]);
-          });
-        }
-        return found;"""
-    )  # fmt: skip
+    pairs: list[Any] = browser.run(CROSSING)
     return pairs
 
 
