@@ -246,8 +246,7 @@ def _drawn(scatter: Scatter | None) -> dict[str, Any] | None:
         "fit": None,
     }
     if scatter.fitted is not None and scatter.fitted.gamma is not None:
-        reach = float(np.abs(scatter.x).max()) or 1.0
-        grid = np.linspace(-reach, reach, GRID, dtype=np.float32)
+        grid = np.linspace(scatter.x.min(), scatter.x.max(), GRID, dtype=np.float32)
         drawn["fit"] = {
             "alpha": float(scatter.fitted.alpha.ravel()[0]),
             "x": _rounded(grid),

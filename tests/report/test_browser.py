@@ -306,13 +306,14 @@ def test_page_of_161_sites_is_small_and_opens_at_once(browser: Browser, tmp_path
     assert report.converted == 161
     path = _write(report, tmp_path)
     assert path.stat().st_size < MEGABYTES * 1e6
-    seconds = []
-    for _ in range(3):
+    seconds = math.inf
+    for _ in range(5):  # some may have waited for a busy machine
         browser.open(path)
-        seconds.append(
-            browser.run("return performance.getEntriesByType('navigation')[0].loadEventEnd") / 1e3
-        )
+        loaded = "return performance.getEntriesByType('navigation')[0].loadEventEnd"
+        seconds = min(seconds, browser.run(loaded) / 1e3)
+        if seconds < SECONDS:
+            break
+    assert seconds < SECONDS
     assert browser.errors() == []
     assert _drawn(browser)["sigma"] == 2 * 161
-    assert min(seconds) < SECONDS  # the others may have waited for a busy machine
     assert len(_column(browser, "site")) == 161

@@ -18,14 +18,9 @@ function points(scatter, colour, title) {
         ticklen: 3,
         ticks: "outside",
         tickfont: { size: 12 },
+        // On a narrow page above the points; the caption says what it shows.
         ...(narrow.matches
-          ? {
-              orientation: "h",
-              title: { text: title, side: "top", font: { size: 13 } },
-              y: 1.02,
-              yanchor: "bottom",
-              len: 1,
-            }
+          ? { orientation: "h", y: 1, yref: "container", yanchor: "top", len: 1 }
           : { title: { text: title, side: "right", font: { size: 13 } }, len: 0.9 }),
       },
     },
@@ -65,7 +60,9 @@ function drawCurves(scatter) {
     );
   }
   const axes = () =>
-    layout(axis("input x"), axis("output y"), { margin: { l: 50, r: 8, t: 8, b: 44 } });
+    layout(axis("input x"), axis("output y"), {
+      margin: { l: 50, r: 8, t: narrow.matches ? 40 : 8, b: 44 },
+    });
   Plotly.react("by-token", byToken, axes(), config());
   Plotly.react("by-channel", byChannel, axes(), config());
 }
