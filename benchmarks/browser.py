@@ -23,6 +23,7 @@ class Browser:
 
     def __init__(self, driver: webdriver.Chrome) -> None:
         self._driver = driver
+        driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
 
     def open(self, path: Path, *, width: int = 1280, scheme: str = "light") -> None:
         """Load a page anew, at a width in pixels, in the colour scheme "light" or "dark"."""
@@ -41,6 +42,14 @@ class Browser:
     def run(self, script: str, *arguments: Any) -> Any:
         """What a piece of JavaScript returns."""
         return self._driver.execute_script(script, *arguments)
+
+    def busy_seconds(self) -> float:
+        """CPU seconds that the page's main thread has worked: scripts, layout, painting.
+
+        Unlike wall time it hardly depends on what else the machine does.
+        """
+        found = self._driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        return float(next(each["value"] for each in found if each["name"] == "TaskDuration"))
 
     def settle(self) -> None:
         """Wait until the page is drawn: two frames without work between them."""

@@ -301,19 +301,15 @@ def test_page_with_errors_that_are_not_finite_is_drawn(
 
 
 @pytest.mark.slow
-def test_page_of_161_sites_is_small_and_opens_at_once(browser: Browser, tmp_path: Path) -> None:
+def test_page_of_161_sites_is_small_and_opens_within_seconds(
+    browser: Browser, tmp_path: Path
+) -> None:
     report = converted(MANY, mode="all").report
     assert report.converted == 161
     path = _write(report, tmp_path)
     assert path.stat().st_size < MEGABYTES * 1e6
-    seconds = math.inf
-    for _ in range(5):  # some may have waited for a busy machine
-        browser.open(path)
-        loaded = "return performance.getEntriesByType('navigation')[0].loadEventEnd"
-        seconds = min(seconds, browser.run(loaded) / 1e3)
-        if seconds < SECONDS:
-            break
-    assert seconds < SECONDS
+    browser.open(path)
+    assert 0.1 < browser.busy_seconds() < SECONDS
     assert browser.errors() == []
     assert _drawn(browser)["sigma"] == 2 * 161
     assert len(_column(browser, "site")) == 161
