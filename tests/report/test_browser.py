@@ -301,9 +301,7 @@ def test_page_with_errors_that_are_not_finite_is_drawn(
 
 
 @pytest.mark.slow
-def test_page_of_161_sites_is_small_and_opens_within_seconds(
-    browser: Browser, tmp_path: Path
-) -> None:
+def test_page_of_161_sites_is_small_and_opens_soon(browser: Browser, tmp_path: Path) -> None:
     report = converted(MANY, mode="all").report
     assert report.converted == 161
     path = _write(report, tmp_path)
