@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["LARGEST", "integers", "known", "known_shape", "scalar", "stored"]
+__all__ = ["LARGEST", "integers", "is_parameter", "known", "known_shape", "scalar", "stored"]
 
 Array = npt.NDArray[np.float64]
 
@@ -33,6 +33,12 @@ def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None or tensor.dtype is ir.DataType.STRING else tensor
+
+
+def is_parameter(value: ir.Value) -> bool:
+    """Whether a constant's name is the path of a parameter, and not of the node that made it."""
+    name = str(value.name)
+    return "." in name and "/" not in name
 
 
 def scalar(value: ir.Value | None) -> float | None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ..dyt import DOMAIN, FORMS
 from ..terms import Alias, Op, Said, moved_units
-from .onnx_constants import integers, known_shape, scalar, stored
+from .onnx_constants import integers, is_parameter, known_shape, scalar, stored
 
 __all__ = ["filled", "say"]
 
@@ -298,16 +298,18 @@ def filled(node: ir.Node) -> float | None:
     return None
 
 
-def _scale(node: ir.Node, place: int) -> ir.Value | None:
-    """A norm's scale; None where it is the ones that ONNX asks for and torch does not have."""
+def _learned(node: ir.Node, place: int, neutral: float) -> ir.Value | None:
+    """A norm's gamma or beta; None where it is what ONNX asks for and torch does not have.
+
+    neutral: what such a tensor is filled with, ones for gamma.
+    """
     value = node.inputs[place] if len(node.inputs) > place else None
-    if value is None or "." in str(value.name):
-        return value  # a parameter, under the path of its module
+    if value is None or is_parameter(value):
+        return value
     producer = value.producer()
     if producer is not None and producer.op_type != "Constant":
-        return None if filled(producer) == 1.0 else value
-    tensor = stored(value)
-    return None if tensor is not None and (tensor.numpy() == 1).all() else value
+        return None if filled(producer) == neutral else value
+    return None if _all(value, neutral) else value
 
 
 def _clip(node: ir.Node) -> Said | None:
@@ -326,7 +328,7 @@ def _layer_norm(node: ir.Node) -> Said | None:
     if axes is None:
         return None
     eps = node.attributes.get_float("epsilon", 1e-5)
-    operands = (_first(node), _scale(node, 1), *node.inputs[2:3])
+    operands = (_first(node), _learned(node, 1, 1.0), _learned(node, 2, 0.0))
     return Said(Op.LAYER_NORM, operands, {"axes": axes, "eps": _decimal(eps)})
 
 
@@ -335,7 +337,7 @@ def _rms_norm(node: ir.Node) -> Said | None:
     if axes is None:
         return None
     eps = node.attributes.get_float("epsilon", 1e-5)
-    operands = (_first(node), _scale(node, 1))
+    operands = (_first(node), _learned(node, 1, 1.0))
     return Said(Op.RMS_NORM, operands, {"axes": axes, "eps": _decimal(eps)})
 
 
