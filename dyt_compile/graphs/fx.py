@@ -22,16 +22,16 @@ from ..nn import operator, parameter
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from .base import Batch, Edit
+from .fx_constants import attribute, scalar_of
 from .fx_edits import make_edits, targets
 from .fx_regions import is_write, subgraphs
-from .fx_terms import say, scalar_of
+from .fx_terms import say
 
 __all__ = [
     "FxGraph",
     "ancestors",
     "argument_paths",
     "as_tensor",
-    "attribute",
     "automatic_axes",
     "path_name",
 ]
@@ -498,14 +498,6 @@ def _written(graph: torch.fx.Graph) -> set[str]:
         and isinstance(node.args[0], torch.fx.Node)
         and node.args[0].op == "get_attr"
     }
-
-
-def attribute(module: torch.nn.Module, path: str) -> Any:
-    """What a module holds under a dotted path."""
-    found: Any = module
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
 
 
 def ancestors(stop: Iterable[torch.fx.Node], known: set[torch.fx.Node]) -> set[torch.fx.Node]:
