@@ -164,6 +164,7 @@ _COMPUTED: dict[str, Callable[..., Any]] = {
     "Pow": _plain(np.power),
     "Sqrt": _plain(np.sqrt),
     "Reciprocal": _plain(np.reciprocal),
+    "ReduceProd": _plain(lambda x, *axes: x.prod(keepdims=True) if x.ndim == 1 else x),
     "Identity": _plain(lambda x: x),
     "Mod": lambda node, x, y: (np.fmod if node.attributes.get_int("fmod", 0) else np.mod)(x, y),
     "Min": _plain(lambda *x: np.minimum.reduce(x)),

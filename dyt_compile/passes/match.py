@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -58,6 +58,11 @@ UNKNOWN_CHANNELS = (
 )
 AFFINE_OF_INPUTS = "its gamma or beta is computed from the model's inputs"
 ACROSS_CHANNELS = "its gamma or beta varies along another axis than it normalizes"
+
+JOINED_AXES = (
+    "its statistics run over several axes that a view puts together, as those of GroupNorm and "
+    "InstanceNorm do"
+)
 
 OTHER_SHAPE = Miss("its gamma or beta has another shape than one value a channel", near=False)
 
@@ -243,7 +248,27 @@ def _per_channel(piece: Piece, proof: Proof) -> Miss | None:
             f"it normalizes axis {axes[0]} without a gamma or beta along it, as instance norms of "
             "tokens do"
         )
-    return None
+    return Miss(JOINED_AXES) if bare and _joins_axes(piece) else None
+
+
+def _joins_axes(piece: Piece) -> bool:
+    """Whether a view before makes its last axis of several, and one behind takes them apart."""
+    before = _before_casts(piece.input).producer
+    if before is None or not _is_longer(before.output, before.operands[:1]):
+        return False
+    pending, behind = [piece.output], list[Value]()
+    while pending:
+        for term in pending.pop().consumers:
+            (pending if term.op is Op.CAST else behind).append(term.output)
+    views = [value for value in behind if value.producer and value.producer.op is Op.VIEW]
+    return before.op is Op.VIEW and _is_longer(piece.output, views)
+
+
+def _is_longer(value: Value, others: Iterable[Value]) -> bool:
+    """Whether its last axis is known to be longer than that of one of the others."""
+    last = value.shape[-1] if value.shape else None
+    lasts = [other.shape[-1] for other in others if other.shape]
+    return last is not None and any(size is not None and size < last for size in lasts)
 
 
 def _is_channel_axis_of_images(axes: tuple[int, ...], shape: tuple[int | None, ...] | None) -> bool:
