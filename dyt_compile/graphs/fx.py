@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import count
 from operator import getitem
 from types import MappingProxyType
 from typing import Any
@@ -68,7 +69,8 @@ class FxGraph:
         self._weights = weights
         for node in list(module.graph.nodes):
             _simplify(module.graph, node)
-        self._order = {node: place for place, node in enumerate(module.graph.nodes)}
+        self._order: dict[torch.fx.Node, int] = {}  # with those of its subgraphs
+        self._places = count()
         self._values: dict[torch.fx.Node, Value] = {}
         self.terms: list[Term] = []
         for node in module.graph.nodes:
@@ -242,13 +244,13 @@ class FxGraph:
                 self._values[inner] = self._value(inner, body, self._values.get(operand))
             for inner in body.graph.nodes:
                 if inner.op != "placeholder" and _schema_name(inner) not in NO_EFFECT:
-                    self._order[inner] = self._order[node]
                     self._say(inner, body, within=_label(node))
 
     def _say(self, node: torch.fx.Node, module: torch.fx.GraphModule, within: str = "") -> None:
         if node.op == "output":
             return
         self._say_nested(node, module)
+        self._order[node] = next(self._places)
         said = say(node) if node.op == "call_function" else None
         if isinstance(said, Alias):
             self._values[node] = self._values[said.operand]

@@ -30,7 +30,9 @@ def say(node: torch.fx.Node) -> Said | Alias | None:
         form = FORMS[name]
         operands = tuple(given[p] for p in ("x", *form.parameters))
         return Said(Op.DYT, operands, {"form": form})
-    saying = _SAYINGS.get(name) if namespace in ("aten", "prims") else None
+    known = namespace in ("aten", "prims")
+    # Dynamo's graphs write in place; what reads the tensor then reads the node that wrote.
+    saying = _SAYINGS.get(name) or _SAYINGS.get(name.removesuffix("_")) if known else None
     return None if saying is None else saying(given, node)
 
 
