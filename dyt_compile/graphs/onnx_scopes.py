@@ -31,7 +31,8 @@ class Scopes:
     def __init__(self, nodes: Iterable[ir.Node]) -> None:
         self._paths: dict[Scope, str] = {}
         for node in nodes:
-            self._paths.update(zip(_prefixes(_levels(node)), _read_paths(node), strict=False))
+            for scope, path in zip(_prefixes(_levels(node)), _read_paths(node), strict=False):
+                self._paths.setdefault(scope, path)
         self._known = set(self._paths.values())
 
     def __call__(self, node: ir.Node) -> str:

@@ -59,7 +59,7 @@ class Numbered(nn.Module):
         self.norm_1 = nn.LayerNorm(CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(torch.relu(self.norm_1(torch.relu(self.norm(x)))))
+        return self.norm_1(torch.relu(self.norm(x)))
 
 
 class Untrained(Repeated):
