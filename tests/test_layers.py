@@ -34,7 +34,7 @@ LAYERS = (
 
 TORCH_AT_THE_TOP = {
     "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo", "graphs.fx",
-    "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
+    "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt"}
 APART = ("passes",)
