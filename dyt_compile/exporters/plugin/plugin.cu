@@ -2,7 +2,7 @@
 //
 // It exports getCreators and setLoggerFinder, registers nothing by itself and does not link
 // libnvinfer: so one file serves TensorRT 10 and 11, whose registries differ. Load it with
-// IPluginRegistry::loadLibrary, or with trtexec --staticPlugins or --dynamicPlugins.
+// IPluginRegistry::loadLibrary, as trtexec --dynamicPlugins does; a dlopen alone registers nothing.
 #include "plugin.h"
 
 #include <NvInferVersion.h>
