@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 LOWERINGS = ("native", "plugin", "auto")
+TIMING_CACHE = "timing.cache"
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ def build_engine(
         Path(onnx_path), runtime, shapes or {}, lowering, target, plugin_library, timing_cache,
         builder_optimization_level,
     )  # fmt: skip
-    with (
-        replaced(target_path) as temporary,
-        tempfile.TemporaryDirectory(
-            prefix=f".{target_path.name}-", dir=target_path.parent
-        ) as folder,
-    ):
-        work = Path(folder)
+    with ExitStack() as stack:
+        # All are entered first: what cannot be written is told before the build, not after it.
+        temporary = stack.enter_context(replaced(target_path))
+        layers = layer_info and stack.enter_context(replaced(Path(layer_info)))
+        cache = request.timing_cache and stack.enter_context(replaced(request.timing_cache))
+        folder = tempfile.TemporaryDirectory(prefix=f".{target_path.name}-", dir=target_path.parent)
+        work = Path(stack.enter_context(folder))
         chosen, latency_ms, note = _choose(request, lowering, work)
         report = _report(request, chosen, target_path, latency_ms, note)
         chosen.engine.replace(temporary)
@@ -106,12 +108,10 @@ def build_engine(
             temporary.with_name(f"{temporary.name}.json"),
             needs(report, request.runtime, library, request.profiles),
         )
-        if request.timing_cache is not None:
-            with replaced(request.timing_cache) as cache:
-                cache.write_bytes((work / "timing.cache").read_bytes())
-        if layer_info is not None:
-            with replaced(Path(layer_info)) as layers:
-                _write_json(layers, {"Layers": [asdict(layer) for layer in report.layers]})
+        if layers:
+            _write_json(layers, {"Layers": [asdict(layer) for layer in report.layers]})
+        if cache:
+            (work / TIMING_CACHE).replace(cache)
     return report
 
 
@@ -232,7 +232,7 @@ def _build(request: _Request, lowering: str, work: Path) -> _Built:
             "targets": request.targets,
             "plugin_library": str(request.plugin_library) if lowering == "plugin" else None,
             "timing_cache": None if cache is None else str(cache),
-            "new_timing_cache": str(work / "timing.cache"),
+            "new_timing_cache": str(work / TIMING_CACHE),
             "level": request.level,
         },
     )

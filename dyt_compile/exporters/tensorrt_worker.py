@@ -123,6 +123,7 @@ def network_flags(flags: Any) -> int:
 
 
 def _parsed(trt: Any, log: Any, request: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Builder, network and parser, which holds the network's weights."""
     builder = trt.Builder(log)
     if builder is None:
         raise FailedError("TensorRT has no builder")

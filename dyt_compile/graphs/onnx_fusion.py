@@ -28,6 +28,9 @@ __all__ = ["forms", "fuse", "unfuse"]
 QUANTIZED = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
 """What a plugin writes."""
 
+USUAL = {"saturate": 1, "block_size": 0, "precision": 0}
+"""Attributes of QuantizeLinear, and what a plugin does."""
+
 
 def forms(model: ir.Model) -> Mapping[str, int]:
     """How many nodes of each form the model holds."""
@@ -125,6 +128,8 @@ def _quantizers(node: ir.Node) -> list[ir.Node]:
 
 def _quantization(node: ir.Node) -> _Quantization | None:
     if (node.domain, node.op_type) != ("", "QuantizeLinear") or node.outputs[0].is_graph_output():
+        return None
+    if any(node.attributes.get_int(name, usual) != usual for name, usual in USUAL.items()):
         return None
     scale, zero = stored(node.inputs[1]), _zero_point(node)
     if scale is None or scale.size != 1 or not isinstance(node.graph, ir.Graph):

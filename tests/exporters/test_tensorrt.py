@@ -281,6 +281,21 @@ def test_failed_build_leaves_the_old_engine(model: Path, tmp_path: Path) -> None
 
 
 @has_rtx
+def test_folder_of_the_layers_is_missed_before_the_build(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"^cannot write '.*nix/layers.json': its folder does not"
+    ):
+        build_engine(
+            model,
+            tmp_path / "p",
+            runtime=RTX,
+            shapes=SHAPES,
+            layer_info=tmp_path / "nix/layers.json",
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@has_rtx
 def test_auto_without_a_library_is_native_and_says_so(model: Path, tmp_path: Path) -> None:
     report = build_engine(
         model, tmp_path / "p", runtime=RTX, shapes=SHAPES, lowering="auto", target="sm89"

@@ -295,11 +295,19 @@ def _channels(network: Network) -> list[ir.Value]:
     return [network.add("DequantizeLinear", q, scale, zero, axis=2)]
 
 
+def _unsaturated(network: Network) -> list[ir.Value]:
+    q = network.quantized(network.dyt(network.x), "fp8")
+    node = q.producer()
+    assert node is not None
+    node.attributes["saturate"] = ir.AttrInt64("saturate", 0)
+    return [network.dequantized(q)]
+
+
 @pytest.mark.parametrize(
     "miss",
     [
         _broadcast, _subtracted, _unknown_shape, _computed_gamma, _read_twice, _two_scales,
-        _exact_output, _quantized_output, _zero_point, _unsigned, _channels,
+        _exact_output, _quantized_output, _zero_point, _unsigned, _channels, _unsaturated,
     ],
 )  # fmt: skip
 def test_what_only_looks_like_it_stays(miss: Any) -> None:

@@ -154,14 +154,25 @@ def test_a_second_quantized_call_needs_the_plugin_or_build(
 # Models.
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_plugin_takes_every_dyt_of_the_digits_transformer(
-    exports: Exports, plugin: PluginInfo, tmp_path: Path, dtype: str
+PLUGINS = {
+    # The first sum of the ViT broadcasts positions: no residual.
+    "digits": {"AddDyT": 8, "DyT": 1},
+    "decoder": {"AddDyT": 2, "DyT": 1},
+    "trained": {"DyT": 1, "AddDyTScale": 1, "AddDyTBare": 1, "AddDerf": 1},
+    "image": {"DyT": 1},  # channels first
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"), [*((m, "fp16") for m in PLUGINS), ("digits", "fp32"), ("digits", "bf16")]
+)
+def test_plugin_takes_every_dyt(
+    exports: Exports, plugin: PluginInfo, tmp_path: Path, model: str, dtype: str
 ) -> None:
-    path = Path(shutil.copy(exports("digits", dtype).path, tmp_path))
+    path = Path(shutil.copy(exports(model, dtype).path, tmp_path))
     report = built(path, plugin)
-    assert report.plugins == {"AddDyT": 8, "DyT": 1}  # the first sum broadcasts positions
-    assert report.network.operators["PLUGIN_V3"] == 9
+    assert report.plugins == PLUGINS[model]
+    assert report.network.operators["PLUGIN_V3"] == sum(PLUGINS[model].values())
     assert "TANH" not in report.network.operators
     assert not norm_kernels(report)
 
