@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 __all__ = ["HyenaDNA"]
 
@@ -21,12 +22,18 @@ FASTEST, SLOWEST, TARGET = 0.3, 1.5, 1e-2
 
 
 class HyenaDNA(nn.Module):
-    """Token logits, [batch, tokens, vocabulary]. length: the longest sequence."""
+    """Token logits, [batch, tokens, vocabulary].
 
-    def __init__(self, width: int, layers: int, length: int, vocabulary: int = 16) -> None:
+    length: the longest sequence. direct: convolve without Fourier transforms, which TensorRT and
+    torch's older exporter lack; the same function, in time that grows with the length's square.
+    """
+
+    def __init__(
+        self, width: int, layers: int, length: int, vocabulary: int = 16, *, direct: bool = False
+    ) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(Block(width, length) for _ in range(layers))
+        self.layers = nn.ModuleList(Block(width, length, direct) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
 
@@ -39,10 +46,10 @@ class HyenaDNA(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, length: int) -> None:
+    def __init__(self, width: int, length: int, direct: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.mixer = Hyena(width, length)
+        self.mixer = Hyena(width, length, direct)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
@@ -57,11 +64,11 @@ class Block(nn.Module):
 class Hyena(nn.Module):
     """Two gates around a long convolution."""
 
-    def __init__(self, width: int, length: int) -> None:
+    def __init__(self, width: int, length: int, direct: bool) -> None:
         super().__init__()
         self.in_proj = nn.Linear(width, 3 * width)
         self.short_filter = nn.Conv1d(3 * width, 3 * width, 3, padding=2, groups=3 * width)
-        self.filter_fn = Filter(width, length)
+        self.filter_fn = Filter(width, length, direct)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,8 +83,9 @@ class Hyena(nn.Module):
 class Filter(nn.Module):
     """A causal convolution as long as the sequence; an MLP of the position gives its filter."""
 
-    def __init__(self, width: int, length: int, order: int = 16) -> None:
+    def __init__(self, width: int, length: int, direct: bool, order: int = 16) -> None:
         super().__init__()
+        self.direct = direct
         self.bias = nn.Parameter(torch.randn(width))
         t = torch.linspace(0, 1, length)[:, None]
         angles = 2 * math.pi * torch.arange(length)[:, None] / length
@@ -98,9 +106,23 @@ class Filter(nn.Module):
         tokens = x.shape[-1]
         decay = torch.exp(-self.t[:tokens] * self.deltas)
         kernel = (self.implicit_filter(self.z[:tokens]) * decay).T
-        spectrum = torch.fft.rfft(x, n=2 * tokens) * torch.fft.rfft(kernel, n=2 * tokens)
-        y: Tensor = torch.fft.irfft(spectrum, n=2 * tokens)[..., :tokens]
-        return y + x * self.bias[:, None]
+        return (_convolved if self.direct else _transformed)(x, kernel) + x * self.bias[:, None]
+
+
+def _transformed(x: Tensor, kernel: Tensor) -> Tensor:
+    """The causal convolution by Fourier transforms."""
+    tokens = x.shape[-1]
+    spectrum = torch.fft.rfft(x, n=2 * tokens) * torch.fft.rfft(kernel, n=2 * tokens)
+    y: Tensor = torch.fft.irfft(spectrum, n=2 * tokens)[..., :tokens]
+    return y
+
+
+def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
+    """The causal convolution by its definition."""
+    before = x.shape[-1] - 1
+    return functional.conv1d(
+        functional.pad(x, (before, 0)), kernel.flip(-1)[:, None], groups=kernel.shape[0]
+    )
 
 
 class Sine(nn.Module):

@@ -31,7 +31,7 @@ import dyt_compile
 from dyt_compile.compiler import Conversion
 from dyt_compile.dyt import FORMS
 from dyt_compile.errors import first_line
-from dyt_compile.exporters.onnx import OnnxExport
+from dyt_compile.exporters.onnx import DEFAULT_OPSET, OnnxExport
 from dyt_compile.nn import operator
 from dyt_compile.passes.match import match
 from tests.exporters.engines import profiles
@@ -136,6 +136,17 @@ def tool(name: str) -> Iterator[None]:
         raise ClosedError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
 
 
+@contextmanager
+def alike(name: str, original: Callable[[], Any]) -> Iterator[None]:
+    """What fails inside, and with the original model too, is the failure of the tool `name`."""
+    try:
+        yield
+    except Exception:
+        with tool(name):
+            original()
+        raise
+
+
 def exported(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
 
@@ -228,25 +239,34 @@ def compiled(subject: Subject) -> Cell:
 
     result = subject.conversion
     backend = dyt_compile.backend(calibration=result.calibration, inner=count, model=subject.model)
-    outputs = subject.outputs(torch.compile(subject.model, backend=backend, fullgraph=True))
+    with alike("torch.compile", lambda: traced_whole(subject, "eager")):
+        outputs = traced_whole(subject, backend)
     if seen != [len(subject.truth.norms)]:
         raise WrongError(f"{seen} sites are DyT instead of {len(subject.truth.norms)}")
     same(outputs, subject.outputs(result.model))
     return Cell()
 
 
+def traced_whole(subject: Subject, backend: Any) -> list[Tensor]:
+    """The outputs of the original model through a backend of torch.compile."""
+    torch.compiler.reset()
+    return subject.outputs(torch.compile(subject.model, backend=backend, fullgraph=True))
+
+
 def onnx_file(opset: int, dynamo: bool, subject: Subject) -> Cell:
     """The original model as torch's exporters write it, read without torch."""
     path = subject.folder / f"original-{opset}.onnx"
     with tool("torch.onnx.export"):
-        if dynamo:
-            torch.onnx.export(subject.program, f=path, opset_version=opset, verbose=False)
-        else:
-            legacy(subject, path, opset)
+        (original if dynamo else legacy)(subject, path, opset)
     told = miscounted(dyt_compile.inspect(path), subject.truth)
     if told:
         raise WrongError(told[0])
     return Cell()
+
+
+def original(subject: Subject, path: Path, opset: int) -> None:
+    """torch's exporter over torch.export."""
+    torch.onnx.export(subject.program, f=path, opset_version=opset, verbose=False)
 
 
 def legacy(subject: Subject, path: Path, opset: int) -> None:
@@ -273,7 +293,9 @@ def legacy(subject: Subject, path: Path, opset: int) -> None:
 
 def parity(subject: Subject) -> Cell:
     """The converted model in ONNX Runtime, on the batch of its check and on an unseen one."""
-    session = onnxruntime.InferenceSession(subject.portable.path)
+    path = subject.folder / "original.onnx"
+    with alike("torch.onnx.export", lambda: original(subject, path, DEFAULT_OPSET)):
+        session = onnxruntime.InferenceSession(subject.portable.path)
     batch = subject.conversion.graph.bind((subject.unseen.args, subject.unseen.kwargs))
     feeds = {value.name: batch[value.name].numpy() for value in session.get_inputs()}
     outputs = [torch.from_numpy(array) for array in session.run(None, feeds)]

@@ -56,7 +56,8 @@ class System:
     small: the architecture with random weights, a few layers of it. inputs: of the given number
     of samples, for a model of either size; each call with another seed gives other values.
     full: at its real width and depth; called on the meta device, so that it holds no weights.
-    is_norm, is_refused: which modules the matcher must name, and which it must refuse.
+    is_norm, is_refused: which modules the matcher must name, and which it must refuse. idle: calls
+    of norms that are none of the graph's: of a weight alone, or with a result that nothing reads.
     """
 
     name: str
@@ -67,6 +68,7 @@ class System:
     full: Callable[[], nn.Module] | None = None
     is_norm: Callable[[nn.Module], bool] = is_norm
     is_refused: Callable[[nn.Module], bool] = is_refused
+    idle: frozenset[str] = frozenset()
 
 
 def calls(

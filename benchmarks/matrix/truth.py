@@ -42,10 +42,11 @@ class Truth:
 
 def truth(system: System, model: nn.Module, inputs: Inputs, *, kinds: bool = False) -> Truth:
     """The truth about a model of a system. kinds: probe them too, which needs real weights."""
+    norms = [c for c in calls(model, inputs, system.is_norm) if c.name not in system.idle]
     return Truth(
-        tuple(call.name for call in calls(model, inputs, system.is_norm)),
+        tuple(call.name for call in norms),
         tuple(call.name for call in calls(model, inputs, system.is_refused)),
-        _kinds(model, inputs, system.is_norm) if kinds else None,
+        _kinds(model, inputs, [call.module for call in norms]) if kinds else None,
     )
 
 
@@ -96,14 +97,14 @@ def some(names: list[str]) -> str:
     return told if len(names) <= 2 else f"{told} and {len(names) - 2} more"
 
 
-def _kinds(model: nn.Module, inputs: Inputs, wanted: Callable[[nn.Module], bool]) -> Counter[str]:
-    """How many calls of each kind a forward pass makes."""
+def _kinds(model: nn.Module, inputs: Inputs, norms: Iterable[nn.Module]) -> Counter[str]:
+    """How many calls of each kind a forward pass makes of these modules."""
     kinds: Counter[str] = Counter()
 
     def called(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         kinds[_probed(module, args, kwargs, output)] += 1
 
-    with _hooked((m for m in model.modules() if wanted(m)), called), torch.no_grad():
+    with _hooked(set(norms), called), torch.no_grad():
         model(*inputs.args, **inputs.kwargs)
     return kinds
 
@@ -127,7 +128,8 @@ def _probed(module: nn.Module, args: Any, kwargs: Any, output: Any) -> str:
         swap = tree_map_only(Tensor, lambda t: changed if t is x else t, (args, kwargs))
         return _first_tensor(module.forward(*swap[0], **swap[1]))
 
-    scale, step = float(before.abs().max()), float(x.std()) or 1.0
+    # A step past the root of any eps: below it, a norm looks linear.
+    scale, step = float(before.abs().max()), max(float(x.std()), 1.0)
     one = x.clone(memory_format=torch.contiguous_format)
     one.view(-1)[0] += step
     if int(((after(one) - before).abs() > 1e-5 * scale).sum()) <= 1:

@@ -132,6 +132,7 @@ def _from_torch(graph: FxGraph, opset: int) -> ir.Model:
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         operator(form): _translation(form) for form in FORMS.values()
     }
+    table[torch.ops.aten.squeeze.dim] = _squeeze
     try:
         program = torch.onnx.export(
             graph.program(),
@@ -180,6 +181,16 @@ def _translation(form: Form) -> Any:
     )
     node = OnnxOp(Opset(DOMAIN, VERSION), form.name, schema)
     return lambda *inputs: node(*inputs, **onnx_functions.PLUGIN_ATTRIBUTES)
+
+
+def _squeeze(*inputs: Any) -> Any:
+    """An axis of length 1 removed: torch leaves a longer one, and its exporter forgets that."""
+    from onnxscript import opset18
+
+    write: Any = opset18
+    x, axis = inputs
+    longer = x.shape is not None and x.shape[axis] != 1
+    return write.Identity(x) if longer else write.Squeeze(x, [axis])
 
 
 def _forget_the_machine(model: ir.Model) -> None:

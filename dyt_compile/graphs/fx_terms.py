@@ -159,8 +159,8 @@ def _reshape(a: Arguments, node: torch.fx.Node) -> Said | Alias | None:
     sources = moved_units(before, after)
     if sources is None:
         return Said(Op.VIEW, (a["self"],))
-    if before == after:
-        return Alias(a["self"])
+    if before == after and len(node.all_input_nodes) == 1:
+        return Alias(a["self"])  # where it reads lengths, a cut must know of them
     return Said(Op.RESHAPE, (a["self"],), {"sources": sources})
 
 

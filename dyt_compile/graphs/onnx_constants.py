@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["integers", "known", "known_shape", "scalar", "stored"]
+__all__ = ["LARGEST", "integers", "known", "known_shape", "scalar", "stored"]
 
 Array = npt.NDArray[np.float64]
 
@@ -128,6 +128,23 @@ def _slice(node: ir.Node, x: Array, start: Array, end: Array, *rest: Array) -> A
     return x[int(start.item()) : int(min(end.item(), largest)) : step]
 
 
+def _compared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A comparison; it stays unknown where an operand is."""
+    return lambda node, x, y: np.where(np.isnan(x + y), np.nan, function(x, y))
+
+
+def _where(node: ir.Node, condition: Array, x: Array, y: Array) -> Array:
+    return np.where(np.isnan(condition), np.nan, np.where(condition == 1, x, y))
+
+
+def _filled(node: ir.Node, shape: Array) -> Array:
+    value = node.attributes.get("value")
+    filling = 0.0 if value is None else value.as_tensor().numpy().item()
+    if shape.size and shape.prod() > LARGEST:
+        raise ValueError("larger than what is followed")
+    return np.full(shape.astype(int), filling)
+
+
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda node, *operands: function(*operands)
 
@@ -142,6 +159,14 @@ _COMPUTED: dict[str, Callable[..., Any]] = {
     "Sqrt": _plain(np.sqrt),
     "Reciprocal": _plain(np.reciprocal),
     "Identity": _plain(lambda x: x),
+    "Mod": lambda node, x, y: (np.fmod if node.attributes.get_int("fmod", 0) else np.mod)(x, y),
+    "Min": _plain(lambda *x: np.minimum.reduce(x)),
+    "Max": _plain(lambda *x: np.maximum.reduce(x)),
+    "Equal": _compared(np.equal),
+    "Less": _compared(np.less),
+    "Greater": _compared(np.greater),
+    "Where": _where,
+    "ConstantOfShape": _filled,
     "Cast": _cast,
     "CastLike": _plain(lambda x, like: x),
     "Gather": _gather,

@@ -1,7 +1,8 @@
-"""Norms that ONNX Runtime fused with the Add before them: taken apart, and put together again.
+"""Norms fused with what is no part of them: taken apart, and put together again.
 
-A fused norm hides the sum that its site normalizes. What stays a norm becomes the fused operator
-again, so that it computes what it did, to the last bit.
+ONNX Runtime fuses an Add before a norm, and so hides the sum that its site normalizes; torch's
+exporter fuses a modulation behind one, a scale computed from the model's inputs (opset 23). What
+stays a norm becomes the fused operator again, so that it computes what it did, to the last bit.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ __all__ = ["MICROSOFT", "fuse_again", "take_apart"]
 
 MICROSOFT = "com.microsoft"
 
+NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
+
 FUSED = "dyt_compile.fused"
-"""Where the norm of a fused operator that was taken apart keeps what it was."""
+"""Where the norm of a fused operator that was taken apart keeps how to fuse it again."""
 
 
 def take_apart(model: ir.Model) -> None:
@@ -25,22 +28,89 @@ def take_apart(model: ir.Model) -> None:
         taking_apart = _APART.get(node.op_type) if node.domain in ("", MICROSOFT) else None
         if taking_apart is not None and isinstance(node.graph, ir.Graph):
             taking_apart(node.graph, node)
+    _take_modulations_apart(model)
 
 
 def fuse_again(model: ir.Model) -> None:
-    """Undo `take_apart` wherever the norm, and the sum that it reads, are still there."""
+    """Undo `take_apart` wherever the norm, and what it was fused with, are still there."""
     changed = False
     for norm in list(model.graph.all_nodes()):
-        fused = norm.meta.get(FUSED)
-        if fused is not None and isinstance(norm.graph, ir.Graph):
-            changed |= _fuse(norm.graph, norm, *fused)
+        if FUSED in norm.meta and isinstance(norm.graph, ir.Graph):
+            fusing, *facts = norm.meta[FUSED] or (None,)
+            changed |= fusing is not None and fusing(norm.graph, norm, *facts)
     if changed:
         model.graph.sort()
+
+
+def _take_modulations_apart(model: ir.Model) -> None:
+    """A norm with a gamma or beta that is computed from the model's inputs, and that gamma behind.
+
+    Where the file does not say how many channels there are, the norm stays as it is.
+    """
+    norms = [
+        node for node in model.graph if node.op_type in NORMS
+        and any(value is not None and value.producer() for value in node.inputs[1:])
+    ]  # fmt: skip
+    if not norms:
+        return
+    varying = set(model.graph.inputs)
+    for node in model.graph:
+        if not varying.isdisjoint(node.inputs):
+            varying.update(node.outputs)
+    for node in norms:
+        if not varying.isdisjoint(node.inputs[1:]):
+            _modulated_norm(model.graph, node)
+
+
+def _modulated_norm(graph: ir.Graph, node: ir.Node) -> None:
+    source, gamma, beta = _inputs(node, 3)
+    sizes = [
+        v.shape[-1] for v in (source, gamma) if v is not None and v.shape is not None and v.shape
+    ]
+    channels = next((size for size in sizes if isinstance(size, int) and size > 1), None)
+    dtype = next((v.dtype for v in (gamma, source) if v is not None and v.dtype), None)
+    whole = node.attributes.get_int("axis", -1) == -1
+    if not whole or channels is None or dtype is None or _is_read(node, 1) or _is_read(node, 2):
+        return
+    builder = _Builder(graph, node)
+    attributes = {key: attribute.value for key, attribute in node.attributes.items()}
+    ones = builder.constant(np.ones(channels, dtype.numpy()))
+    norm = y = builder.add(node.op_type, source, ones, domain=node.domain, **attributes)
+    for operator, modulation in (("Mul", gamma), ("Add", beta)):
+        if modulation is not None:
+            y = builder.add(operator, y, modulation)
+            builder.remember(y)
+    builder.remember(norm, _modulate, node.name)
+    builder.give(0, y)
+    builder.done()
+
+
+def _modulate(graph: ir.Graph, norm: ir.Node, name: str) -> bool:
+    """Give a norm the gamma and beta again that were taken out of it."""
+    affine, last, taken = [], norm.outputs[0], []
+    while True:
+        readers = last.consumers()
+        if len(readers) != 1 or FUSED not in readers[0].meta or readers[0].inputs[0] is not last:
+            break
+        taken.append(readers[0])
+        affine.append(readers[0].inputs[1])
+        last = readers[0].outputs[0]
+    if not taken or taken[0].op_type != "Mul":
+        return False
+    node = ir.Node(
+        norm.domain, norm.op_type, [norm.inputs[0], *affine], norm.attributes.values(), name=name
+    )
+    graph.insert_after(taken[-1], node)
+    node.metadata_props.update(norm.metadata_props)
+    _take_over(last, node.outputs[0])
+    graph.remove([norm, *taken], safe=True)
+    return True
 
 
 def _fuse(
     graph: ir.Graph, norm: ir.Node, domain: str, operator: str, name: str, bias: bool
 ) -> bool:
+    """Give a norm the Adds again that were taken out of it."""
     total = norm.inputs[0]
     adds = _adds(total, 2 if bias else 1)
     if total is None or adds is None:
@@ -168,7 +238,7 @@ def _skip_norm(
             builder.remember(total)
     eps = node.attributes.get_float("epsilon", 1e-5)
     y = builder.add(norm, total, *affine, axis=-1, epsilon=eps, stash_type=1)
-    builder.remember(y, node.domain, node.op_type, node.name, summands[2] is not None)
+    builder.remember(y, _fuse, node.domain, node.op_type, node.name, summands[2] is not None)
     if total is not None:
         builder.give(3, total)
     builder.give(0, y)

@@ -142,8 +142,8 @@ def _reshape(node: ir.Node) -> Said | Alias | None:
     sources = None if after is None else moved_units(before, after)
     if sources is None:
         return Said(Op.VIEW, (source,))
-    if before == after:
-        return Alias(source)
+    if before == after and stored(node.inputs[1]) is not None:
+        return Alias(source)  # where it reads lengths, a cut must know of them
     return Said(Op.RESHAPE, (source,), {"sources": sources})
 
 

@@ -7,7 +7,7 @@ norm puts out for the same samples. What waits between the parts lies on a shelf
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -51,13 +51,13 @@ def calibrate(
             *_paired(stages(graph, sites)), track(sites, "calibrating", len(sites)), strict=True
         ):
             walk.advance(stage)
-            sample = walk.observe(site, seed)
+            sample = walk.observe(site, stage, seed)
             if site.tied_to is None:
                 fits[site.name] = _fit(site, sample, later_calls.get(site.name, ()))
             else:
                 fits[site.name] = _follow(fits[site.tied_to], site, sample)
             applied = fits[site.name].parameters if site.name in convert else None
-            walk.apply(site, applied, following)
+            walk.apply(site, applied, stage, following)
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
     return Calibration(MappingProxyType(fits), fingerprint(graph, match), done)
 
@@ -88,10 +88,10 @@ def _later_calls(
     walk = _Walk(graph, shelf, samples)
     for stage, following, site in zip(*_paired(stages(graph, sites)), sites, strict=True):
         walk.advance(stage)
-        sample = walk.observe(site, seed)
+        sample = walk.observe(site, stage, seed)
         if site.tied_to is not None:
             found.setdefault(site.tied_to, []).append(sample)
-        walk.apply(site, None, following)
+        walk.apply(site, None, stage, following)
     return found
 
 
@@ -143,30 +143,31 @@ class _Walk:
                 for value, result in zip(stage.made, results, strict=True):
                     values[value] = self._shelf.keep(result, value)
 
-    def observe(self, site: NormSite, seed: int) -> RowSample:
+    def observe(self, site: NormSite, stage: Stage, seed: int) -> RowSample:
         """Rows of the site's input in the converted and of its output in the original model."""
-        sample, norm = RowSample(seed), self._graph.segment([site.input], [site.output])
+        sample, norm = RowSample(seed), self._norm(site, stage)
         shapes = [values[site.input].shape for values in self._converted]
         layout = _Layout(site, shapes, self._masks)
         for original, converted, mask in zip(
             self._original, self._converted, self._masks, strict=True
         ):
-            (y,) = norm([original[site.input].load()])
+            y = norm(original)
             original[site.output] = self._shelf.keep(y, site.output)
             x = self._graph.to_array(converted[site.input].load())
             counted = layout.counted(mask, x.shape)
             sample.add(layout.rows(x)[counted], layout.rows(self._graph.to_array(y))[counted])
         return sample
 
-    def apply(self, site: NormSite, parameters: DytParameters | None, following: Stage) -> None:
+    def apply(
+        self, site: NormSite, parameters: DytParameters | None, stage: Stage, following: Stage
+    ) -> None:
         """Put the site's output into the converted model, and drop what is used no more."""
         if parameters is not None and self._converted is self._original:
             self._converted = [dict(values) for values in self._original]
         if self._converted is not self._original:
-            norm = self._graph.segment([site.input], [site.output])
+            norm = self._norm(site, stage) if parameters is None else self._dyt(site, parameters)
             for values in self._converted:
-                x = values[site.input].load()
-                y = norm([x])[0] if parameters is None else self._evaluate(site, parameters, x)
+                y = norm(values)
                 values[site.output] = self._shelf.keep(y, site.output)
         for lane in self._lanes():
             lane[:] = [{value: values[value] for value in following.start} for values in lane]
@@ -175,9 +176,20 @@ class _Walk:
         same = self._converted is self._original
         return [self._original] if same else [self._original, self._converted]
 
-    def _evaluate(self, site: NormSite, parameters: DytParameters, x: Any) -> Any:
-        array = self._graph.to_array(x).astype(np.float32)
-        return self._graph.from_array(evaluate(parameters, array), site.output)
+    def _norm(self, site: NormSite, stage: Stage) -> Callable[[Mapping[Value, Kept]], Any]:
+        """The norm of a site as the model computes it, from what lives behind its stage."""
+        start = [site.input, *(value for value in stage.read if value is not site.input)]
+        run = self._graph.segment(start, [site.output])
+        return lambda values: run([values[value].load() for value in start])[0]
+
+    def _dyt(
+        self, site: NormSite, parameters: DytParameters
+    ) -> Callable[[Mapping[Value, Kept]], Any]:
+        def run(values: Mapping[Value, Kept]) -> Any:
+            x = self._graph.to_array(values[site.input].load()).astype(np.float32)
+            return self._graph.from_array(evaluate(parameters, x), site.output)
+
+        return run
 
 
 class _Layout:

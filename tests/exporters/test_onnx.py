@@ -649,6 +649,25 @@ def test_output_with_the_name_of_an_input_is_exported(tmp_path: Path) -> None:
     assert worst(tmp_path / "model.onnx", network(X), X) < 1e-4
 
 
+class Squeezed(nn.Module):
+    """An axis that is squeezed although it is longer than one: torch leaves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.norm(x.squeeze(1)) + x[:, :1].squeeze(-2).unsqueeze(1)
+        return y
+
+
+@core
+def test_squeeze_of_a_longer_axis_changes_nothing(tmp_path: Path) -> None:
+    network = Squeezed().eval()
+    _exported_call(network, (X,), tmp_path / "model.onnx")
+    assert worst(tmp_path / "model.onnx", network(X), X) < 1e-4
+
+
 @core
 def test_keyword_arguments_are_named_inputs(tmp_path: Path) -> None:
     network = NamedInputs().eval()

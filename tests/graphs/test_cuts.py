@@ -83,6 +83,23 @@ class Chain(nn.Module):
         return self.norm3(self.last(y) + x), y
 
 
+class Counted(nn.Module):
+    """A norm whose inner shape is spelled with the length of another input's axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Linear(CHANNELS, CHANNELS), nn.LayerNorm(CHANNELS)
+        self.weight = nn.Parameter(torch.ones(CHANNELS))
+
+    def forward(self, kept: Tensor, x: Tensor) -> Tensor:
+        y = self.norm1(self.first(x))
+        y = y.view(kept.shape[0], -1, CHANNELS)
+        inverse = torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
+        inverse = inverse.expand(kept.shape[0], kept.shape[1], CHANNELS)
+        z: Tensor = y * inverse * self.weight + kept[..., None]
+        return z
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "transformer": lambda: (Transformer(layer_norm), (example(), mask())),
     "llama": lambda: (Transformer(rms_norm), (example(), mask())),
@@ -90,6 +107,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "shared": lambda: (Shared(), (example(),)),
     "parallel": lambda: (Parallel(), (example(),)),
     "chain": lambda: (Chain(), (example(),)),
+    "counted": lambda: (Counted(), (mask(), example())),
 }
 
 WORLDS = ("torch", "onnx")
@@ -132,7 +150,8 @@ def staged(
         if place < len(sites):
             site = sites[place]
             if answer is None:
-                (y,) = graph.segment([site.input], [site.output])([live[site.input]])
+                start = list(dict.fromkeys((site.input, *stage.read)))
+                (y,) = graph.segment(start, [site.output])([live[value] for value in start])
             else:
                 y = answer(site, live[site.input])
             live[site.output] = y

@@ -13,6 +13,7 @@ import pytest
 
 from dyt_compile.dyt import DytParameters, evaluate
 from dyt_compile.graphs.onnx import OnnxGraph
+from dyt_compile.graphs.onnx_prepare import restore
 from dyt_compile.passes.match import match
 from dyt_compile.sites import NormKind
 
@@ -367,3 +368,69 @@ def test_initializer_that_is_an_input_too_is_a_constant() -> None:
     assert list(of.inputs) == ["x"]
     (site,) = match(of).sites
     assert site.affine == BOTH
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"),
+    [
+        ("LayerNormalization(x, w, a)", NormKind.LAYER_NORM),
+        ("LayerNormalization(x, w)", NormKind.LAYER_NORM),
+        ("SimplifiedLayerNormalization(x, w)", NormKind.RMS_NORM),
+    ],
+)
+def test_modulation_fused_into_a_norm_stays_behind_its_site(norm: str, kind: NormKind) -> None:
+    """Exporters fuse a scale that is computed from the model's inputs into the norm before it."""
+    source = model(
+        f"o = Constant<value_float=1.0>() w = Add(c, o) a = Mul(c, g) y = {norm}",
+        x="float[N,6,8] x, float[N,1,8] c",
+    )
+    of = graph(source)
+    found = match(of)
+    assert found.refusals == ()
+    (site,) = found.sites
+    assert (site.kind, site.channels, site.affine) == (kind, 8, ())
+    parameters = DytParameters(np.array([0.5]))
+    x, c = normal(2, 6, 8), normal(2, 1, 8) + 3
+    (result,) = run(of.replace([(site, parameters)]), x, c)
+    added = c * np.arange(1, 9) if ", a)" in norm else 0
+    np.testing.assert_allclose(result, evaluate(parameters, x) * (1 + c) + added, rtol=1e-5)
+
+
+def test_norm_that_stays_is_fused_with_its_modulation_again() -> None:
+    before = model(
+        "o = Constant<value_float=1.0>() w = Add(c, o) "
+        "y = LayerNormalization<epsilon=0.01>(x, w, c)",
+        x="float[N,6,8] x, float[N,1,8] c",
+    )
+    after = graph(before).apart()
+    assert "Mul" in [node.op_type for node in after.graph]
+    restore(after)
+    assert [node.op_type for node in after.graph] == ["Constant", "Add", "LayerNormalization"]
+    norm = after.graph[-1]
+    assert [value.name for value in norm.inputs if value] == ["x", "w", "c"]
+    assert norm.attributes.get_float("epsilon", 0.0) == pytest.approx(0.01)
+    assert [value.name for value in after.graph.outputs] == ["y"]
+
+
+BOUNDS = {
+    "slice": "i = Constant<value_int=1>() n = Gather(l, i) p = Mul(t, q) u = Div(n, q) "
+    "w = Mul(u, q) h = Slice(x, p, w, t, t)",
+    "expand": "m = Mod(f, q) k = Constant<value_ints=[0, 0, 0]>() z = Equal(k, k) "
+    "w = Where(z, l, k) h = Expand(x, w)",
+    "reshape": "k = Constant<value_ints=[1]>() r = ConstantOfShape(k) "
+    "d = Concat<axis=0>(c, r) w = Mul(d, l) h = Reshape(x, w)",
+}
+
+
+@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
+def test_shape_that_a_chain_of_nodes_computes_is_followed(bounds: str) -> None:
+    """What torch's older exporter writes for chunk, unflatten and expand."""
+    source = model(
+        "l = Shape(x) t = Constant<value_ints=[1]>() q = Constant<value_ints=[2]>() "
+        "f = Constant<value_ints=[5]>() c = Constant<value_ints=[1, 1]>() "
+        f"{bounds} y = LayerNormalization(h, s)",
+        x="float[2,6,8] x", y="float[A,B,C] y", more="float s = {2}",
+    )  # fmt: skip
+    values = {v.name: v for node in graph(source).apart().graph for v in node.outputs}
+    assert values["h"].shape is not None
+    assert values["h"].shape.is_static()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -79,8 +80,10 @@ def _pixart(model: Any, samples: int, seed: int) -> dict[str, Tensor]:
     return _images(model, samples, seed, model.config.caption_channels)
 
 
-def _joint(model: Any, samples: int, seed: int) -> dict[str, Tensor]:
-    return _images(model, samples, seed, model.config.joint_attention_dim)
+def _aura(model: Any, samples: int, seed: int) -> dict[str, Tensor]:
+    """The step as a share: the model itself multiplies it by their number."""
+    given = _images(model, samples, seed, model.config.joint_attention_dim)
+    return given | {"timestep": given["timestep"] / STEPS}
 
 
 def _dit(model: Any, samples: int, seed: int) -> dict[str, Tensor]:
@@ -264,16 +267,16 @@ SYSTEMS = (
         sample_height=8, sample_frames=5, max_text_seq_length=6,
     ),
     _system(
-        "AuraFlow", diffusers.AuraFlowTransformer2DModel, _joint, **HEADS, sample_size=8,
+        "AuraFlow", diffusers.AuraFlowTransformer2DModel, _aura, **HEADS, sample_size=8,
         num_mmdit_layers=1, num_single_dit_layers=1, joint_attention_dim=32,
         caption_projection_dim=48, pos_embed_max_size=64,
     ),
-    _system(
+    replace(_system(
         "CogView4", diffusers.CogView4Transformer2DModel, _cogview, in_channels=4, out_channels=4,
         num_layers=2, num_attention_heads=3, attention_head_dim=16, text_embed_dim=32,
         time_embed_dim=16, condition_dim=8, pos_embed_max_size=8, sample_size=8,
         rope_axes_dim=(8, 8),
-    ),
+    ), idle=frozenset({"transformer_blocks.1.norm2_context"})),  # the last text is dropped
     _system(
         "LTX-Video", diffusers.LTXVideoTransformer3DModel, _ltx, **HEADS, in_channels=8,
         out_channels=8, cross_attention_dim=48, num_layers=2, caption_channels=32,

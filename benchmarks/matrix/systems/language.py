@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -96,20 +97,23 @@ ENCODERS = (
         "DebertaModel",
         {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     ),
-    _system(
-        "DeBERTa-v2",
-        "DebertaV2Model",
-        {
-            **ENCODER,
-            "relative_attention": True,
-            "pos_att_type": ["p2c", "c2p"],
-            "position_buckets": 8,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "position_biased_input": False,
-            "conv_kernel_size": 3,
-        },
-    ),
+    replace(
+        _system(
+            "DeBERTa-v2",
+            "DebertaV2Model",
+            {
+                **ENCODER,
+                "relative_attention": True,
+                "pos_att_type": ["p2c", "c2p"],
+                "position_buckets": 8,
+                "norm_rel_ebd": "layer_norm",
+                "share_att_key": True,
+                "position_biased_input": False,
+                "conv_kernel_size": 3,
+            },
+        ),
+        idle=frozenset({"encoder.LayerNorm"}),
+    ),  # of the table of distances, a weight
     _system(
         "ModernBERT",
         "ModernBertForMaskedLM",
