@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from ..errors import CaptureError, OptionError, first_line
 from ..files import replaced
 from ..graphs.onnx_fusion import forms, fuse, unfuse
+from ..graphs.onnx_shapes import infer_shapes, restore_shapes
 from .engine_report import EngineReport, Network, layers_of, needs, network_of
 from .engine_shapes import Profile, Shape, profile
 from .engine_timing import time_engine
@@ -211,8 +211,9 @@ def _choose(request: _Request, lowering: str, work: Path) -> tuple[_Built, dict[
 def _build(request: _Request, lowering: str, work: Path) -> _Built:
     model = request.model.clone()
     if lowering == "plugin":
-        common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        infer_shapes(model)
         plugins, changed = fuse(model), True
+        restore_shapes(model)
     else:
         plugins, changed = {}, unfuse(model)
     path = request.onnx

@@ -16,6 +16,7 @@ from dyt_compile.dyt import DOMAIN, FORMS, FUSED, fused_name
 from dyt_compile.graphs import onnx_functions
 from dyt_compile.graphs.onnx_fusion import forms, fuse, unfuse
 from dyt_compile.graphs.onnx_prepare import prepare
+from dyt_compile.graphs.onnx_shapes import infer_shapes
 from dyt_compile.runtime import Session
 
 ort = pytest.importorskip("onnxruntime")
@@ -316,6 +317,19 @@ def test_what_only_looks_like_it_stays(miss: Any) -> None:
     before = run(model)
     assert fuse(model) == {"DyT": 1}
     assert same(before, run(model))
+
+
+def test_names_of_lengths_outlast_the_inference_of_shapes() -> None:
+    network = Network()
+    sizes = [network.held(f"size_{n}", [n], ir.DataType.INT64) for n in (-1, 3, CHANNELS)]
+    target = network.add("Concat", *sizes, axis=0)
+    residual = network.add("Reshape", network.residual, target)
+    # As an exporter declares it; inference alone gives no name.
+    residual.shape, residual.type = network.x.shape, network.x.type
+    model = network.ended(network.dyt(network.add("Add", network.x, residual)))
+    infer_shapes(model)
+    assert residual.shape == network.x.shape
+    assert fuse(model) == {"AddDyT": 1}
 
 
 @pytest.mark.parametrize("kind", [None, *QUANTIZED])
