@@ -14,7 +14,7 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix lint types format setup-minimum test-minimum clean
+.PHONY: help setup demo test matrix screenshot lint types format setup-minimum test-minimum clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,9 @@ test: setup  ## run the whole test suite
 
 matrix: setup  ## take every architecture every way, and write docs/matrix.md (an hour)
 	@$(TEST_ENV) $(BIN)/python -m benchmarks.matrix $(MATRIX_ARGS)
+
+screenshot: setup  ## take the README's picture of a report, docs/report.png (needs chromium)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.screenshot
 
 lint: setup  ## check style and formatting
 	@$(BIN)/ruff check .

@@ -27,6 +27,7 @@ __all__ = [
     "fold",
     "inspect",
     "plugin_info",
+    "write_report",
 ]
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .exporters.tensorrt import build_engine
     from .passes.fold import Folded
     from .report import Report
+    from .report.writing import write_report
     from .sites import Match, NormKind, NormSite, Refusal
 
 _HOMES = {
@@ -65,6 +67,7 @@ _HOMES = {
     "fold": "compiler",
     "inspect": "compiler",
     "plugin_info": "exporters.plugin.build",
+    "write_report": "report.writing",
 }
 
 

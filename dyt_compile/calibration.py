@@ -17,6 +17,7 @@ import numpy.typing as npt
 from .dyt import PARAMETERS, DytParameters
 from .errors import CalibrationError
 from .files import replaced
+from .scatter import Scatter
 from .sites import NormKind
 
 __all__ = ["Calibration", "SiteFit", "SiteSketch", "digest", "near", "sketch"]
@@ -70,6 +71,7 @@ class SiteFit:
     parameters: None where there is no fit, `reason` says why; fit_error: relative, held-out rows.
     sigma_median: median over rows of the root mean square (centred for LayerNorm) that the norm
     divides by; sigma_peak: largest over median; large peaks are tokens that tanh cannot follow.
+    scatter: some inputs and outputs, for drawing; not written to files.
     """
 
     parameters: DytParameters | None
@@ -77,6 +79,7 @@ class SiteFit:
     reason: str | None = None
     sigma_median: float | None = None
     sigma_peak: float | None = None
+    scatter: Scatter | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +171,8 @@ def digest(array: npt.NDArray[Any]) -> str | None:
 
 
 def _figures(fit: SiteFit) -> dict[str, Any]:
-    figures = {name: value for name, value in vars(fit).items() if name != "parameters"}
+    apart = ("parameters", "scatter")
+    figures = {name: value for name, value in vars(fit).items() if name not in apart}
     if fit.parameters is not None:
         figures["squash"] = fit.parameters.squash
     return figures

@@ -152,7 +152,7 @@ def convert(
     if mode == "exact" or batches is None:
         with clock("rewrite"):
             rewritten = rewrite(graph, found, None, ())
-        report = assemble(found, mode, metric, output, seconds=clock.seconds)
+        report = assemble(graph, found, mode, metric, output, seconds=clock.seconds)
         probe = _probe(graph, args, kwargs)
         return _concluded(Conversion(rewritten, graph, found, None, report, probe), fold)
     with Shelf(graph) as shelf:
@@ -160,7 +160,9 @@ def convert(
         candidates = _candidates(found, exclude)
         with clock("calibrate and plan"):
             if mode == "all":
-                planned = Plan(trials.attempt(frozenset(candidates)), {})
+                attempt = trials.attempt(frozenset(candidates))
+                tried = (len(attempt.names), attempt.measurement.error)
+                planned = Plan(attempt, {}, (tried,))
             else:
                 planned = trials.plan(candidates, budget)
         with clock("rewrite"):
@@ -177,6 +179,7 @@ def convert(
                     raise BudgetError(_broken(metric, measured, budget, len(planned.converted)))
     limit = budget if mode == "budget" else None
     report = assemble(
+        graph,
         found,
         mode,
         metric,

@@ -1,8 +1,8 @@
 """What a piece of a graph computes, found by running it: one prover for every world and spelling.
 
 The piece is interpreted in float64 on random rows, some of them as small as eps, with random
-parameters. With beta taken off and gamma divided out, it is a norm if (x / y)^2 is a straight line
-in the row's mean of squares,
+parameters. Beta is what the results for x and -x have in common. With it taken off and gamma
+divided out, the piece is a norm if (x / y)^2 is a straight line in the row's mean of squares,
 
     (x / y)^2 = slope * mean(x^2) + intercept,
 
@@ -33,6 +33,11 @@ LARGEST_CLAMP = 0.008
 """Some norms divide by max(rms, clamp) in place of an eps. The largest known clamp is bfloat16's
 machine epsilon, 0.0078; activations that matter are not smaller."""
 
+LARGEST_PROBE = 1 << 19
+"""Elements; views of larger values are not followed, so that no proof takes long."""
+
+NO_NORM = "its result is not its input divided by one number a row"
+
 ROW_SIZES = (4, 3, 5, 2, 7)
 """Lengths that probes give to axes other than the normalized one: all different, so that a
 statistic along one of them is not taken for a statistic along another."""
@@ -57,7 +62,10 @@ class Miss:
 
 @dataclass(frozen=True)
 class Proof:
-    """A piece equals gamma * form(x) + beta; places of gamma and beta among its constants."""
+    """A piece equals gamma * form(x) + beta; places of gamma and beta among its constants.
+
+    What they name may also divide, be subtracted, or be added before gamma multiplies.
+    """
 
     form: NormalForm
     gamma: int | None
@@ -78,13 +86,17 @@ class Piece:
         for term in self.terms:
             if "axes" in term.attributes and term.op not in (Op.UNSQUEEZE, Op.SQUEEZE):
                 found.add(_from_the_end(term))
-        moved = any(term.op is Op.TRANSPOSE for term in self.terms)
-        return found.pop() if len(found) == 1 and not moved else None
+        return found.pop() if len(found) == 1 and not self.moves() else None
+
+    def moves(self) -> bool:
+        """Whether an axis may have several places in it."""
+        return any(term.op in (Op.TRANSPOSE, Op.VIEW) for term in self.terms)
 
     def constants(self) -> tuple[Value, ...]:
         """The constants that it reads, known scalars left out, in the order of their first use."""
-        read = (value for term in self.terms for value in term.operands)
-        return tuple(dict.fromkeys(v for v in read if v.constant and v.scalar is None))
+        own = {self.input, *(term.output for term in self.terms)}
+        read = dict.fromkeys(value for term in self.terms for value in term.operands)
+        return tuple(v for v in read if v.constant and v.scalar is None and v not in own)
 
     def signature(self) -> tuple[object, ...]:
         """Equal for pieces that compute the same function of their input and constants."""
@@ -136,7 +148,7 @@ def _identify(piece: Piece) -> Proof | Miss:
     if axes is not None:
         return _identify_over(piece, axes)
     missed = Miss("its reductions run over different or unknown axes", near=False)
-    if any(term.op is Op.TRANSPOSE for term in piece.terms):  # one axis may have several places
+    if piece.moves():
         for axis in range(-len(piece.input.shape or ()), 0):
             found = _identify_over(piece, (axis,))
             if isinstance(found, Proof):
@@ -160,15 +172,20 @@ def _identify_over(piece: Piece, axes: tuple[int, ...]) -> Proof | Miss:
         return Miss("its result has another shape than its input", near=False)
     if not np.all(np.isfinite(y)):
         return Miss("it is not finite on ordinary input", near=False)
-    best = Miss("its result is not its input divided by one number a row", near=False)
+    mirrored = _run(piece, -x, values)
+    if mirrored is None:
+        return Miss("its result has another shape than its input", near=False)
+    scaled, shift = (y - mirrored) / 2, (y + mirrored) / 2  # norms are odd: beta is what is even
+    best = Miss(NO_NORM, near=False)
     for gamma, beta in _roles(constants):
-        bare = y if beta is None else y - values[constants[beta]]
-        bare = bare if gamma is None else bare / values[constants[gamma]]
-        found = _normal_form(x, bare, axes) if bare.shape == x.shape else best
-        if isinstance(found, NormalForm):
-            return Proof(found, gamma, beta)
-        if found.near and not best.near:
-            best = found
+        given = None if beta is None else values[constants[beta]]
+        for factor in _factors(None if gamma is None else values[constants[gamma]]):
+            bare = scaled / factor
+            found = _normal_form(x, bare, axes) if bare.shape == x.shape else best
+            if isinstance(found, NormalForm) and _shifts(given, factor, shift, y):
+                return Proof(found, gamma, beta)
+            if isinstance(found, Miss) and found.near and not best.near:
+                best = found
     return best
 
 
@@ -184,13 +201,29 @@ def _roles(constants: Sequence[Value]) -> Iterator[tuple[int | None, int | None]
         yield from ((gamma, 1 - gamma) for gamma in places)
 
 
+def _factors(gamma: Array | None) -> tuple[Array, ...]:
+    """What a norm may be multiplied by: gamma, or one over it."""
+    return (np.ones(()),) if gamma is None else (gamma, 1 / gamma)
+
+
+def _shifts(beta: Array | None, factor: Array, shift: Array, y: Array) -> bool:
+    """Whether `shift` is beta, added or subtracted, before gamma or behind it; or zero."""
+    allowed = TOLERANCE * np.abs(y).max()
+    if beta is None:
+        return bool(np.all(np.abs(shift) <= allowed))
+    return any(
+        bool(np.all(np.abs(shift - added) <= allowed))
+        for added in (beta, -beta, beta * factor, -beta * factor)
+    )
+
+
 def _normal_form(x: Array, y: Array, axes: tuple[int, ...]) -> NormalForm | Miss:
     centred = x - x.mean(axis=axes, keepdims=True)
     for base, other in ((centred, x), (x, centred)):
         inverse = _inverse_square(base, y, axes)
         if inverse is not None:
             return _read(inverse, base, other, axes, is_centred=base is centred)
-    return Miss("its result is not its input divided by one number a row", near=False)
+    return Miss(NO_NORM, near=False)
 
 
 def _inverse_square(base: Array, y: Array, axes: tuple[int, ...]) -> Array | None:
@@ -286,11 +319,13 @@ def _random(value: Value, seed: int) -> Array:
 def _probe(piece: Piece, axes: tuple[int, ...], constants: Sequence[Value]) -> Array:
     """Random rows along the normalized axis, with mean squares from 1e-14 to 1e4.
 
-    Other axes have small lengths, but their own where a constant varies along them.
+    Other axes have small lengths, but their own where a constant varies along them, and where a
+    view puts them together with others.
     """
     shape = piece.input.shape or max(
         (value.shape for value in constants if value.shape), key=len, default=(None,)
     )
+    viewed = any(term.op is Op.VIEW for term in piece.terms) and _size(shape) <= LARGEST_PROBE
     sizes: list[int] = []
     for place in range(-len(shape), 0):
         held = next((n for n in (_length(v, place) for v in constants) if n > 1), None)
@@ -298,6 +333,8 @@ def _probe(piece: Piece, axes: tuple[int, ...], constants: Sequence[Value]) -> A
             sizes.append(shape[place] or held or 8)
         elif shape[place] == 1:
             sizes.append(1)
+        elif viewed and (size := shape[place]) is not None:
+            sizes.append(size)
         else:
             sizes.append(held or ROW_SIZES[-1 - place] if -place <= len(ROW_SIZES) else 2)
     places = range(-len(sizes), 0)
@@ -308,6 +345,10 @@ def _probe(piece: Piece, axes: tuple[int, ...], constants: Sequence[Value]) -> A
     per_row = [1 if place in axes else sizes[place] for place in range(-len(sizes), 0)]
     scales = random.permutation(np.logspace(-7, 2, int(np.prod(per_row)))).reshape(per_row)
     return np.asarray((random.normal(size=sizes) + 0.3) * scales, np.float64)
+
+
+def _size(shape: Sequence[int | None]) -> int:
+    return int(np.prod([size or 1 for size in shape]))
 
 
 def _length(value: Value, place: int) -> int:
@@ -327,10 +368,10 @@ def _close(a: Array, b: Array) -> bool:
 
 
 def _from_the_end(term: Term) -> tuple[int, ...] | None:
+    """The axes of a reduction counted from the end, without those of length 1."""
     axes: Sequence[int] = term.attributes["axes"]
-    if all(axis < 0 for axis in axes):
-        return tuple(axes)
-    shape = next((v.shape for v in term.operands if v.shape is not None), None)
+    shape = term.operands[0].shape
     if shape is None:
-        return None
-    return tuple(sorted(axis % len(shape) - len(shape) for axis in axes))
+        return tuple(axes) if all(axis < 0 for axis in axes) else None
+    places = sorted(axis % len(shape) - len(shape) for axis in axes)
+    return tuple(place for place in places if shape[place] != 1) or tuple(places)

@@ -36,7 +36,8 @@ class NormSite:
     name: module path; a second call of the same module ends in "#2".
     channels: length of the normalized axis (for DyT: of the last axis), None when not static.
     axes: the normalized axes, counted from the end; eps: added to the mean of squares.
-    affine: which of "gamma", "beta" the site applies; consumers: operators that read it.
+    affine: which of "gamma", "beta" the site applies: it may multiply by gamma or divide, and add
+    beta or subtract it, before gamma or behind; consumers: operators that read it.
     parallel_residual: another site normalizes the same value.
     tied_to: the site of the module's first call, None for that itself; both share their values.
     folds: which of "gamma", "beta" all readers can take up in their weights, exactly; of a DyT

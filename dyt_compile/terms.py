@@ -66,7 +66,7 @@ class Op(enum.Enum):
     UNSQUEEZE = enum.auto()  # axes
     SQUEEZE = enum.auto()  # axes
     RESHAPE = enum.auto()  # moves axes of length 1 alone; sources: for each axis, its old place
-    VIEW = enum.auto()  # any other reshaping, in row-major order
+    VIEW = enum.auto()  # any other reshaping, in row-major order; shape: as far as it is known
     TRANSPOSE = enum.auto()  # order: for each axis, its old place
     SLICE = enum.auto()  # slices: by axis
     GATHER = enum.auto()  # inputs x and indices; axis, consumed: axes that the indices replace
@@ -333,6 +333,14 @@ def _reshape(attributes: Mapping[str, Any], x: Array) -> Array:
     return np.reshape(x, [1 if source is None else x.shape[source] for source in sources])
 
 
+def _view(attributes: Mapping[str, Any], x: Array) -> Array:
+    """Raises ValueError where more than one length is unknown."""
+    shape: Sequence[int | None] | None = attributes["shape"]
+    if shape is None:
+        raise ValueError("its shape is not known")
+    return np.reshape(x, [-1 if size is None else size for size in shape])
+
+
 def _layer_norm(
     attributes: Mapping[str, Any], x: Array, gamma: Array | None = None, beta: Array | None = None
 ) -> Array:
@@ -397,6 +405,7 @@ _MEANING: dict[Op, Meaning] = {
     Op.SQUEEZE: lambda attributes, x: np.squeeze(x, attributes["axes"]),
     Op.TRANSPOSE: lambda attributes, x: np.transpose(x, attributes["order"]),
     Op.RESHAPE: _reshape,
+    Op.VIEW: _view,
     Op.LAYER_NORM: _layer_norm,
     Op.RMS_NORM: _rms_norm,
     Op.DYT: _dyt,

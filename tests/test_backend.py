@@ -484,6 +484,28 @@ def test_norm_whose_input_is_written_to_meanwhile_is_kept(
     assert any("dyt." in label for label in inner.labels()) is not within
 
 
+class InPlace(nn.Module):
+    """An RMSNorm that writes its statistic and its result in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        factor = x.pow(2).mean(-1, keepdim=True).add_(1e-6).rsqrt_()
+        return x.mul_(factor).mul_(self.weight)
+
+
+def test_norm_that_writes_in_place_is_kept_with_the_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, x = InPlace(), _inputs()
+    made = dyt_compile.backend(calibration=_calibration(_converted(model)), inner="eager")
+    assert _close(torch.compile(model, backend=made)(x), model(x))
+    assert any("writes to a tensor" in told for told in _warnings(caplog))
+
+
 class Checkpointed(nn.Module):
     """Its first block is a higher-order operator in Dynamo's graph."""
 

@@ -21,6 +21,7 @@ from dyt_compile.errors import CalibrationError, DytCompileError
 from dyt_compile.passes.calibrate import fingerprint
 from dyt_compile.passes.capture import capture
 from dyt_compile.passes.match import match
+from dyt_compile.scatter import Scatter
 
 pytestmark = pytest.mark.core
 
@@ -100,6 +101,14 @@ def test_strided_arrays_are_saved_by_value(tmp_path: Path) -> None:
     loaded = Calibration.load(tmp_path / "file").fits["norm"].parameters
     assert loaded is not None
     np.testing.assert_array_equal(loaded.named()["gamma"], gamma)
+
+
+def test_points_to_draw_are_not_saved(tmp_path: Path) -> None:
+    one = np.ones((1, 1), np.float32)
+    points = Scatter(one, one, one[0], np.zeros(1, np.int64))
+    fits = {"norm": SiteFit(DytParameters(np.ones(1, np.float32)), 0.0, scatter=points)}
+    Calibration(fits, ()).save(tmp_path / "file")
+    assert Calibration.load(tmp_path / "file").fits["norm"].scatter is None
 
 
 def test_calibration_without_a_fit_is_saved(tmp_path: Path) -> None:

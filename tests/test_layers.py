@@ -18,7 +18,7 @@ ROOT = Path(dyt_compile.__file__).parent
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress"),
-    ("terms", "batches", "files", "fits", "metrics", "nn", "huggingface"),
+    ("terms", "batches", "files", "fits", "metrics", "nn", "huggingface", "scatter"),
     ("sites", "proof", "calibration", "channels", "constants", "producers", "views"),
     # a model as a graph, and what runs it
     ("graphs", "runtime"),
@@ -34,7 +34,7 @@ LAYERS = (
 
 TORCH_AT_THE_TOP = {
     "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo", "graphs.fx",
-    "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
+    "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt_worker", "exporters.plugin.ahead_of_time"}
 APART = ("passes",)

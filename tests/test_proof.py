@@ -263,15 +263,43 @@ def test_gamma_inside_the_norm_is_found() -> None:
     assert (found.form, found.gamma, found.beta) == (FORM, 0, None)
 
 
+def beta_before_gamma(write: Writer, gamma: Value, beta: Value) -> Value:
+    return write(Op.MUL, write(Op.ADD, layer(write, EPS), beta), gamma)
+
+
+def beta_subtracted(write: Writer, gamma: Value, beta: Value) -> Value:
+    return write(Op.SUB, write(Op.MUL, layer(write, EPS), gamma), beta)
+
+
+def divided(write: Writer, gamma: Value, beta: Value) -> Value:
+    return write(Op.ADD, write(Op.DIV, layer(write, EPS), gamma), beta)
+
+
+def subtracted_and_divided(write: Writer, gamma: Value, beta: Value) -> Value:
+    return write(Op.DIV, write(Op.SUB, layer(write, EPS), beta), gamma)
+
+
+@pytest.mark.parametrize(
+    "spell", [beta_before_gamma, beta_subtracted, divided, subtracted_and_divided]
+)
+def test_gamma_may_divide_and_beta_be_subtracted_or_come_first(
+    spell: Callable[[Writer, Value, Value], Value],
+) -> None:
+    write = Writer()
+    gamma, beta = write.parameter("gamma"), write.parameter("beta")
+    piece = write.piece(spell(write, gamma, beta))
+    found = Prover().identify(piece)
+    assert isinstance(found, Proof)
+    assert found.form == FORM
+    assert found.gamma is not None
+    assert found.beta is not None
+    assert [piece.constants()[place] for place in (found.gamma, found.beta)] == [gamma, beta]
+
+
 def third_constant(write: Writer) -> Value:
     end = write(Op.MUL, layer(write, EPS), write.parameter("gamma"))
     end = write(Op.ADD, end, write.parameter("beta"))
     return write(Op.MUL, end, write.parameter("scale"))
-
-
-def beta_before_gamma(write: Writer) -> Value:
-    end = write(Op.ADD, layer(write, EPS), write.parameter("beta"))
-    return write(Op.MUL, end, write.parameter("gamma"))
 
 
 def learned_eps(write: Writer) -> Value:
@@ -280,17 +308,21 @@ def learned_eps(write: Writer) -> Value:
     return write(Op.MUL, write.x, write(Op.RSQRT, shifted))
 
 
-def divided(write: Writer) -> Value:
-    return write(Op.DIV, layer(write, EPS), write.parameter("gamma"))
+def gamma_for_beta(write: Writer) -> Value:
+    gamma = write.parameter("gamma")
+    return write(Op.ADD, write(Op.MUL, layer(write, EPS), gamma), gamma)
+
+
+def even_part(write: Writer) -> Value:
+    size = write(Op.MEAN, write(Op.ABS, write.x))
+    return write(Op.ADD, write(Op.MUL, layer(write, EPS), write.parameter("gamma")), size)
 
 
 def negated(write: Writer) -> Value:
     return write(Op.NEG, layer(write, EPS))
 
 
-@pytest.mark.parametrize(
-    "spell", [third_constant, beta_before_gamma, learned_eps, divided, negated]
-)
+@pytest.mark.parametrize("spell", [third_constant, learned_eps, negated, gamma_for_beta, even_part])
 def test_proof_fails_for_what_gamma_and_beta_do_not_explain(
     spell: Callable[[Writer], Value],
 ) -> None:

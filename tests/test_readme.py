@@ -42,7 +42,7 @@ def test_bash_examples_run_and_write_their_files(folder: Path) -> None:
     (example,) = blocks("bash")
     printed = run(["bash", "-e", "-c", example], folder)
     assert "within 0.05" in printed
-    for name in ("sites.json", "digits.onnx", "report.json", "fits.safetensors"):
+    for name in ("sites.json", "digits.onnx", "report.html", "report.json", "fits.safetensors"):
         assert (folder / name).stat().st_size > 0
 
 

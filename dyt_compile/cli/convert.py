@@ -13,8 +13,9 @@ from ..errors import OptionError
 from ..exporters.onnx import export_onnx
 from ..progress import reporting
 from ..report.terminal import fold_table, report_table
-from .options import BatchSize, Data, Model, ProviderName, Verbose
-from .progress import TerminalReporter, console
+from ..report.writing import check_target, write_report
+from .options import BatchSize, Data, Model, ProviderName, Reports, Verbose
+from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
 
 __all__ = ["convert"]
@@ -74,7 +75,7 @@ def convert(
     ] = Dtype.fp32,
     provider: ProviderName = "cpu",
     seed: Annotated[int, typer.Option(help="Of the split into fit, plan and report.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    report: Reports = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Write the fitted values as safetensors.")
     ] = None,
@@ -96,6 +97,8 @@ def convert(
         raise OptionError(f"-o is {str(out)!r}; allowed: a file that ends in .onnx")
     if calibration is not None and (data is None or mode is Mode.exact):
         raise OptionError("--calibration needs --data: mode exact fits nothing")
+    for path in report or ():
+        check_target(path)
     source = load_model(model)
     with reporting(TerminalReporter(console(stderr=True))):
         result = compiler.convert(
@@ -114,8 +117,6 @@ def convert(
         written = export_onnx(
             result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider
         )
-    if report is not None:
-        result.report.save(report)
     if calibration is not None and result.calibration is not None:
         result.calibration.save(calibration)
     console().print(report_table(result.report))
@@ -131,3 +132,5 @@ def convert(
         f"{written.dtype}, {checked}",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
+    for path in report or ():
+        tell_written(write_report(result.report, path, exported=written))

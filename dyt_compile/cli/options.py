@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["BatchSize", "Data", "Model", "ProviderName", "Verbose"]
+__all__ = ["BatchSize", "Data", "Model", "ProviderName", "Reports", "Verbose"]
 
 MODEL_HELP = (
     "An .onnx file, a .pt2 file, a Hugging Face folder, file.py:function or "
@@ -27,3 +27,10 @@ ProviderName = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write JSON.", show_default=False)]
+Reports = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Write the report: one page (.html) or JSON (.json); may be repeated.",
+        show_default=False,
+    ),
+]

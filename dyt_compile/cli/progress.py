@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["TerminalReporter", "console"]
+__all__ = ["TerminalReporter", "console", "tell_written"]
 
 PLAIN_WIDTH = 100
 """Columns where the output is no terminal."""
@@ -20,6 +21,12 @@ def console(*, stderr: bool = False) -> Console:
     """The terminal, or a file or pipe of 100 columns."""
     made = Console(stderr=stderr)
     return made if made.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
+
+
+def tell_written(path: Path) -> None:
+    """Print one line: which file was written, and how large it is."""
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    console().print(f"wrote {path}: {size}", soft_wrap=True, highlight=False)
 
 
 class TerminalReporter:

@@ -25,9 +25,10 @@ from ..errors import (
 )
 from ..files import replaced
 from ..graphs import onnx_functions, onnx_fusion
-from ..graphs.onnx import SCOPES, OnnxGraph
+from ..graphs.onnx import OnnxGraph
 from ..graphs.onnx_precision import NARROW, holds, narrow
 from ..graphs.onnx_prepare import restore
+from ..graphs.onnx_scopes import SCOPES
 from ..passes.match import match
 from ..runtime import EMBEDDED_BYTES, Session
 

@@ -29,7 +29,8 @@ from ..errors import CaptureError, first_line
 from ..nn import operator
 from ..sites import NormSite
 from ..terms import Value
-from .fx import FxGraph, ancestors, attribute
+from .fx import FxGraph, ancestors
+from .fx_constants import attribute
 from .fx_regions import CHECKPOINTS, RUN_ONCE, is_write, lay_open, subgraphs
 
 __all__ = ["Anchor", "Frame", "Hold", "Replacement", "opened"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import count
 from operator import getitem
 from types import MappingProxyType
 from typing import Any
@@ -22,16 +23,16 @@ from ..nn import operator, parameter
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from .base import Batch, Edit
+from .fx_constants import attribute, scalar_of
 from .fx_edits import make_edits, targets
 from .fx_regions import is_write, subgraphs
-from .fx_terms import say, scalar_of
+from .fx_terms import say
 
 __all__ = [
     "FxGraph",
     "ancestors",
     "argument_paths",
     "as_tensor",
-    "attribute",
     "automatic_axes",
     "path_name",
 ]
@@ -68,7 +69,8 @@ class FxGraph:
         self._weights = weights
         for node in list(module.graph.nodes):
             _simplify(module.graph, node)
-        self._order = {node: place for place, node in enumerate(module.graph.nodes)}
+        self._order: dict[torch.fx.Node, int] = {}  # with those of its subgraphs
+        self._places = count()
         self._values: dict[torch.fx.Node, Value] = {}
         self.terms: list[Term] = []
         for node in module.graph.nodes:
@@ -242,13 +244,13 @@ class FxGraph:
                 self._values[inner] = self._value(inner, body, self._values.get(operand))
             for inner in body.graph.nodes:
                 if inner.op != "placeholder" and _schema_name(inner) not in NO_EFFECT:
-                    self._order[inner] = self._order[node]
                     self._say(inner, body, within=_label(node))
 
     def _say(self, node: torch.fx.Node, module: torch.fx.GraphModule, within: str = "") -> None:
         if node.op == "output":
             return
         self._say_nested(node, module)
+        self._order[node] = next(self._places)
         said = say(node) if node.op == "call_function" else None
         if isinstance(said, Alias):
             self._values[node] = self._values[said.operand]
@@ -498,14 +500,6 @@ def _written(graph: torch.fx.Graph) -> set[str]:
         and isinstance(node.args[0], torch.fx.Node)
         and node.args[0].op == "get_attr"
     }
-
-
-def attribute(module: torch.nn.Module, path: str) -> Any:
-    """What a module holds under a dotted path."""
-    found: Any = module
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
 
 
 def ancestors(stop: Iterable[torch.fx.Node], known: set[torch.fx.Node]) -> set[torch.fx.Node]:

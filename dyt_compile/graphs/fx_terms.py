@@ -11,10 +11,10 @@ import torch
 
 from ..dyt import DOMAIN, FORMS
 from ..terms import Alias, Op, Said, moved_units
+from .contractions import einsum, row_by_column, row_sum
+from .fx_constants import Arguments, arguments, filled
 
-__all__ = ["say", "scalar_of"]
-
-Arguments = dict[str, Any]
+__all__ = ["say"]
 
 
 def say(node: torch.fx.Node) -> Said | Alias | None:
@@ -25,25 +25,18 @@ def say(node: torch.fx.Node) -> Said | Alias | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
     namespace, _, name = target._schema.name.partition("::")
-    arguments = _arguments(node, target)
+    given = arguments(node, target)
     if namespace == DOMAIN and name in FORMS:
         form = FORMS[name]
-        operands = tuple(arguments[p] for p in ("x", *form.parameters))
+        operands = tuple(given[p] for p in ("x", *form.parameters))
         return Said(Op.DYT, operands, {"form": form})
-    saying = _SAYINGS.get(name) if namespace in ("aten", "prims") else None
-    return None if saying is None else saying(arguments, node)
+    known = namespace in ("aten", "prims")
+    # Dynamo's graphs write in place; what reads the tensor then reads the node that wrote.
+    saying = _SAYINGS.get(name) or _SAYINGS.get(name.removesuffix("_")) if known else None
+    return None if saying is None else saying(given, node)
 
 
 Saying = Callable[[Arguments, torch.fx.Node], "Said | Alias | None"]
-
-
-def _arguments(node: torch.fx.Node, target: torch._ops.OpOverload) -> Arguments:
-    """The node's arguments by name, defaults filled in."""
-    schema = target._schema.arguments
-    named = {a.name: a.default_value for a in schema if a.has_default_value()}
-    named.update(zip((a.name for a in schema), node.args, strict=False))
-    named.update(node.kwargs)
-    return named
 
 
 def _unary(op: Op) -> Saying:
@@ -88,34 +81,13 @@ def _hypotenuse(a: Arguments, node: torch.fx.Node) -> Said:
     return Said(Op.SQRT, (Said(Op.ADD, squares),))
 
 
-def _rows_by_columns(a: Arguments) -> Said | None:
-    """A matrix product of rows by columns: for each row the sum of a product."""
-    left, right = a["self"], a.get("other", a.get("mat2"))
-    rows, columns = _shape(left), _shape(right)
-    if rows is None or columns is None or len(rows) != len(columns) or len(rows) < 2:
-        return None
-    if rows[-2] != 1 or columns[-1] != 1:
-        return None
-    rank = len(rows)
-    turned = Said(Op.TRANSPOSE, (right,), {"order": (*range(rank - 2), rank - 1, rank - 2)})
-    return Said(Op.SUM, (Said(Op.MUL, (left, turned)),), {"axes": (-1,), "keepdims": True})
-
-
 def _einsum(a: Arguments, node: torch.fx.Node) -> Said | None:
-    """A product, summed over the last axis of both: "btd,btd->bt", or over none: "btd,d->btd"."""
-    given, arrow, result = a["equation"].replace(" ", "").replace("...", "*").partition("->")
-    terms, operands = given.split(","), a["tensors"]
-    if not arrow or len(terms) != 2 or len(set(terms[0])) != len(terms[0]):
-        return None
-    longest = max(terms, key=len)
-    if not all(longest.endswith(term) for term in terms):
-        return None
-    product = Said(Op.MUL, tuple(operands))
-    if result == longest:
-        return product
-    if terms[0] == terms[1] and result == longest[:-1] and longest[-1] != "*":
-        return Said(Op.SUM, (product,), {"axes": (-1,), "keepdims": False})
-    return None
+    return einsum(a["equation"], a["tensors"])
+
+
+def _dot(a: Arguments, node: torch.fx.Node) -> Said:
+    product = Said(Op.MUL, (a["x"], a["y"]))
+    return Said(Op.SUM, (product,), {"axes": (a["dim"],), "keepdims": False})
 
 
 def _group_norm(a: Arguments, node: torch.fx.Node) -> Said:
@@ -136,13 +108,15 @@ def _reduction(op: Op) -> Saying:
 
 
 def _over(a: Arguments) -> dict[str, Any]:
+    """Attributes of a reduction; without axes it runs over all."""
     axes = a.get("dim")
     axes = (axes,) if isinstance(axes, int) else tuple(axes or ())
+    axes = axes or tuple(range(-len(_shape(a["self"]) or ()), 0))
     return {"axes": axes, "keepdims": bool(a.get("keepdim", False))}
 
 
 def _variance(a: Arguments, node: torch.fx.Node) -> Said | None:
-    if a.get("dim") is None:
+    if not _over(a)["axes"]:
         return None
     return Said(Op.VARIANCE, (a["self"],), {**_over(a), "correction": _correction(a)})
 
@@ -158,13 +132,13 @@ def _reshape(a: Arguments, node: torch.fx.Node) -> Said | Alias | None:
         return None
     sources = moved_units(before, after)
     if sources is None:
-        return Said(Op.VIEW, (a["self"],))
+        return Said(Op.VIEW, (a["self"],), {"shape": after})
     if before == after and len(node.all_input_nodes) == 1:
         return Alias(a["self"])  # where it reads lengths, a cut must know of them
     return Said(Op.RESHAPE, (a["self"],), {"sources": sources})
 
 
-def _transpose(a: Arguments, node: torch.fx.Node) -> Said | None:
+def _transpose(a: Arguments, node: torch.fx.Node) -> Said | Alias | None:
     shape = _shape(node)
     if shape is None:
         return None
@@ -172,6 +146,8 @@ def _transpose(a: Arguments, node: torch.fx.Node) -> Said | None:
     if "dims" not in a and order:
         first, second = a.get("dim0", 0), a.get("dim1", -1)
         order[first], order[second] = order[second], order[first]
+    if order == sorted(order):
+        return Alias(a["self"])
     return Said(Op.TRANSPOSE, (a["self"],), {"order": tuple(order)})
 
 
@@ -219,15 +195,20 @@ def _pad(a: Arguments, node: torch.fx.Node) -> Said | None:
 
 
 def _linear(a: Arguments, node: torch.fx.Node) -> Said:
+    number = filled(a["weight"])
+    if number is not None and a.get("bias") is None:
+        return row_sum(a["input"], number)
     return Said(Op.MATMUL, (a["input"], a["weight"], a.get("bias")), {"transposed": True})
 
 
 def _matmul(a: Arguments, node: torch.fx.Node) -> Said:
-    return _rows_by_columns(a) or _any_matmul(a)
-
-
-def _any_matmul(a: Arguments) -> Said:
     other = a["other"] if "other" in a else a["mat2"]
+    dots = row_by_column(a["self"], other, _shape(a["self"]), _shape(other))
+    if dots is not None:
+        return dots
+    number = filled(other)
+    if number is not None and len(_shape(other) or ()) == 2:
+        return row_sum(a["self"], number)
     return Said(Op.MATMUL, (a["self"], other, None), {"transposed": False})
 
 
@@ -244,6 +225,21 @@ def _convolution(a: Arguments, node: torch.fx.Node) -> Said | None:
     padded = padding == "same" if isinstance(padding, str) else any(x != 0 for x in padding)
     operands = (a["input"], a["weight"], a.get("bias"))
     return Said(Op.CONVOLUTION, operands, {"groups": a["groups"], "padded": padded})
+
+
+def _average_pooled(a: Arguments, node: torch.fx.Node) -> Said | None:
+    """Pooling over all of an axis, and over one place of each other, is the mean over it."""
+    before, after, sizes = _shape(a["self"]), _shape(node), a["kernel_size"]
+    if before is None or after is None or a.get("divisor_override") is not None:
+        return None
+    whole = tuple(axis for axis in range(-len(sizes), 0) if sizes[axis] != 1)
+    pooled = all(sizes[axis] == before[axis] and after[axis] == 1 for axis in whole)
+    padded = any(a["padding"]) if isinstance(a["padding"], (list, tuple)) else a["padding"] != 0
+    if not whole or not pooled or padded or len(before) != len(after):
+        return None
+    if any(before[axis] != after[axis] for axis in range(-len(sizes), 0) if axis not in whole):
+        return None
+    return Said(Op.MEAN, (a["self"],), {"axes": whole, "keepdims": True})
 
 
 def _pooled(a: Arguments, node: torch.fx.Node) -> Said | None:
@@ -288,6 +284,13 @@ def _shape(node: Any) -> tuple[int | None, ...] | None:
     return tuple(size if isinstance(size, int) else None for size in sizes)
 
 
+def _repeat_each(a: Arguments, node: torch.fx.Node) -> Said | None:
+    """An expansion where an axis of length 1 is repeated."""
+    shape, axis = _shape(a["self"]), a.get("dim")
+    grown = shape is not None and axis is not None and shape[axis] == 1
+    return Said(Op.EXPAND, (a["self"],)) if grown else None
+
+
 def _repeat(a: Arguments, node: torch.fx.Node) -> Said | None:
     """An expansion where only axes of length 1 are repeated."""
     before, repeats = _shape(a["self"]), a.get("repeats") or a["dims"]
@@ -305,7 +308,7 @@ def _correction(a: Arguments) -> float:
 
 def _length(a: Arguments, node: torch.fx.Node) -> Said | None:
     order = a.get("ord", a.get("p", 2))
-    if (2 if order is None else order) != 2 or a.get("dim") is None:
+    if (2 if order is None else order) != 2 or not _over(a)["axes"]:
         return None
     return Said(Op.LENGTH, (a["self"],), _over(a))
 
@@ -396,9 +399,9 @@ def _item(node: torch.fx.Node) -> Said | Alias | None:
     if name == "broadcast_tensors" and isinstance(place, int):
         return Said(Op.EXPAND, (source.all_input_nodes[place],))
     if name in _SPLITS and isinstance(place, int):
-        return _SPLITS[name](_arguments(source, target), place, source)
+        return _SPLITS[name](arguments(source, target), place, source)
     saying = _MULTIPLE.get(name, {}).get(place) if isinstance(place, int) else None
-    return None if saying is None else saying(_arguments(source, target), node)
+    return None if saying is None else saying(arguments(source, target), node)
 
 
 _SAYINGS: dict[str, Saying] = {
@@ -460,6 +463,9 @@ _SAYINGS: dict[str, Saying] = {
     "bmm": _matmul,
     "repeat": _repeat,
     "tile": _repeat,
+    "repeat_interleave": _repeat_each,
+    "linalg_vecdot": _dot,
+    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), _average_pooled),
     "linalg_norm": _length,
     "addmm": _addmm,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
@@ -490,15 +496,3 @@ _SAYINGS: dict[str, Saying] = {
     "group_norm": _group_norm,
     "instance_norm": _refused(Op.INSTANCE_NORM),
 }
-
-
-def scalar_of(node: torch.fx.Node) -> float | None:
-    """The value of a node that makes a constant of one element from a literal."""
-    name = getattr(getattr(node.target, "_schema", None), "name", "")
-    if name not in ("aten::scalar_tensor", "aten::full"):
-        return None
-    value = node.args[-1]
-    shape = node.args[0] if name == "aten::full" else ()
-    if isinstance(value, (int, float)) and isinstance(shape, (list, tuple)):
-        return float(value) if all(size == 1 for size in shape) else None
-    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,18 +21,16 @@ from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
 from .base import Batch, Edit, Stored
-from .onnx_constants import scalar, stored
+from .onnx_constants import is_parameter, scalar, stored
 from .onnx_edits import make_edits, rounded
 from .onnx_precision import Names
 from .onnx_prepare import prepare, restore
+from .onnx_scopes import SCOPES, Scopes
 from .onnx_terms import say
 
 __all__ = ["OnnxGraph"]
 
 Array = npt.NDArray[Any]
-
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's exporter keeps the module paths of a node, outermost first."""
 
 
 class OnnxGraph:
@@ -45,6 +42,7 @@ class OnnxGraph:
         self._provider = provider
         self._nodes = list(model.graph)
         self._order = {node: place for place, node in enumerate(model.graph.all_nodes())}
+        self._scopes = Scopes(model.graph.all_nodes())
         self._values: dict[ir.Value, Value] = {}
         self.terms: list[Term] = []
         constants = set(model.graph.initializers.values())
@@ -213,8 +211,8 @@ class OnnxGraph:
             meant = meant or Said(Op.OPAQUE, tuple(_read_by(node)))
             self.terms += speak(
                 meant, value, self._operand,
-                index=self._order[node], scope=_scope(node), label=node.op_type, within=within,
-                reads=[self._values[x] for x in node.inputs if x is not None],
+                index=self._order[node], scope=self._scopes(node), label=node.op_type,
+                within=within, reads=[self._values[x] for x in node.inputs if x is not None],
             )  # fmt: skip
 
     def _operand(self, operand: Any) -> Value | float | None:
@@ -361,27 +359,10 @@ def _seen(value: ir.Value, *, constant: bool = False) -> Value:
     number = scalar(value) if constant else None
     # A learned number and a literal are both initializers; exporters give the learned one the
     # path of its module, and axes.
-    learned = constant and value.is_initializer() and (shape != () or "." in str(value.name))
+    learned = constant and value.is_initializer() and (shape != () or is_parameter(value))
     return Value(
         value, str(value.name), shape, dtype, constant=constant, parameter=learned, scalar=number
     )
-
-
-def _scope(node: ir.Node) -> str:
-    """The module path of a node: from torch's metadata, or from the name that it gave the node.
-
-    The older exporter names nodes "/layers.0/norm/Mul_1", and ONNX Runtime's optimizer appends
-    "/SimplifiedLayerNormFusion/" where it fuses some.
-    """
-    scopes = node.metadata_props.get(SCOPES)
-    if scopes is None:
-        parts = [part for part in (node.name or "").split("/") if part and "Fusion" not in part]
-        return ".".join(parts[:-1]) if (node.name or "").startswith("/") else ""
-    try:
-        path = ast.literal_eval(scopes)
-    except (SyntaxError, ValueError):
-        return ""
-    return str(path[-2]) if isinstance(path, list) and len(path) > 1 else ""
 
 
 def _numpy_dtype(name: str | None) -> np.dtype[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["LARGEST", "integers", "known", "known_shape", "scalar", "stored"]
+__all__ = ["LARGEST", "integers", "is_parameter", "known", "known_shape", "scalar", "stored"]
 
 Array = npt.NDArray[np.float64]
 
@@ -33,6 +33,12 @@ def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None or tensor.dtype is ir.DataType.STRING else tensor
+
+
+def is_parameter(value: ir.Value) -> bool:
+    """Whether a constant's name is the path of a parameter, and not of the node that made it."""
+    name = str(value.name)
+    return "." in name and "/" not in name
 
 
 def scalar(value: ir.Value | None) -> float | None:
@@ -158,6 +164,7 @@ _COMPUTED: dict[str, Callable[..., Any]] = {
     "Pow": _plain(np.power),
     "Sqrt": _plain(np.sqrt),
     "Reciprocal": _plain(np.reciprocal),
+    "ReduceProd": _plain(lambda x, *axes: x.prod(keepdims=True) if x.ndim == 1 else x),
     "Identity": _plain(lambda x: x),
     "Mod": lambda node, x, y: (np.fmod if node.attributes.get_int("fmod", 0) else np.mod)(x, y),
     "Min": _plain(lambda *x: np.minimum.reduce(x)),

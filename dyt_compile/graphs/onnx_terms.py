@@ -9,11 +9,15 @@ import onnx_ir as ir
 
 from ..dyt import DOMAIN, FORMS
 from ..terms import Alias, Op, Said, moved_units
-from .onnx_constants import integers, known_shape, scalar, stored
+from .contractions import einsum, row_by_column, row_sum
+from .onnx_constants import integers, is_parameter, known_shape, scalar, stored
 
 __all__ = ["filled", "say"]
 
 MICROSOFT = "com.microsoft"
+
+LARGEST = 1 << 22
+"""Elements; larger tensors are weights, which stay in their files."""
 
 QUANTIZED = "it is fused with the quantization of its input"
 IN_ATTENTION = "the norms of queries and keys are fused into the attention behind them"
@@ -141,10 +145,16 @@ def _reshape(node: ir.Node) -> Said | Alias | None:
     after = _target(node, before, lengths)
     sources = None if after is None else moved_units(before, after)
     if sources is None:
-        return Said(Op.VIEW, (source,))
+        return _view(node, after)
     if before == after and stored(node.inputs[1]) is not None:
         return Alias(source)  # where it reads lengths, a cut must know of them
     return Said(Op.RESHAPE, (source,), {"sources": sources})
+
+
+def _view(node: ir.Node, lengths: Sequence[int] | None = None) -> Said:
+    """Any reshaping; lengths: negative where unknown, None for those of the node's output."""
+    known = None if lengths is None else tuple(n if n >= 0 else None for n in lengths)
+    return Said(Op.VIEW, (_first(node),), {"shape": known or _sizes(node.outputs[0])})
 
 
 class _Lengths:
@@ -258,7 +268,42 @@ def _pad(node: ir.Node) -> Said | None:
 
 
 def _matmul(node: ir.Node) -> Said:
+    left, right = node.inputs
+    dots = row_by_column(left, right, _sizes(left), _sizes(right))
+    if dots is not None:
+        return dots
+    number = _everywhere(right)
+    if number is not None and len(_sizes(right) or ()) == 2:
+        return row_sum(left, number)
     return Said(Op.MATMUL, (*node.inputs, None), {"transposed": False})
+
+
+def _sizes(value: ir.Value | None) -> tuple[int | None, ...] | None:
+    if value is None or value.shape is None:
+        return None
+    return tuple(size if isinstance(size, int) else None for size in value.shape)
+
+
+def _everywhere(value: ir.Value | None) -> float | None:
+    """The number that a constant holds everywhere, None where it holds several, or is learned."""
+    tensor = stored(value)
+    if value is None or tensor is None or is_parameter(value) or not 1 < tensor.size <= LARGEST:
+        return None
+    array = tensor.numpy().ravel()
+    return float(array[0]) if bool((array == array[0]).all()) else None
+
+
+def _einsum(node: ir.Node) -> Said | None:
+    return einsum(node.attributes["equation"].as_string(), node.inputs)
+
+
+def _tile(node: ir.Node) -> Said | None:
+    """An expansion where only axes of length 1 are repeated."""
+    before, repeats = _sizes(_first(node)), known_shape(node.inputs[1])
+    if before is None or repeats is None or len(before) != len(repeats):
+        return None
+    grown = all(1 in pair for pair in zip(before, repeats, strict=True))
+    return Said(Op.EXPAND, (_first(node),)) if grown else None
 
 
 def _gemm(node: ir.Node) -> Said | None:
@@ -280,6 +325,21 @@ def _convolution(node: ir.Node) -> Said:
     return Said(Op.CONVOLUTION, operands, {"groups": read.get_int("group", 1), "padded": padded})
 
 
+def _average_pooled(node: ir.Node) -> Said | None:
+    """Pooling over all of an axis, and over one place of each other, is the mean over it."""
+    before, after = _sizes(_first(node)), _sizes(node.outputs[0])
+    sizes, steps = node.attributes["kernel_shape"].as_ints(), node.attributes.get("strides")
+    whole = tuple(axis for axis in range(-len(sizes), 0) if sizes[axis] != 1)
+    others = [axis for axis in range(-len(sizes), 0) if axis not in whole]
+    if before is None or after is None or not whole or any(integers(node, "pads", 1) or ()):
+        return None
+    if any(sizes[axis] != before[axis] or after[axis] != 1 for axis in whole):
+        return None
+    if steps is not None and any(steps.as_ints()[axis] != 1 for axis in others):
+        return None
+    return Said(Op.MEAN, (_first(node),), {"axes": whole, "keepdims": True})
+
+
 def _pooled(node: ir.Node) -> Said | None:
     source = _first(node)
     if source.shape is None:
@@ -298,16 +358,18 @@ def filled(node: ir.Node) -> float | None:
     return None
 
 
-def _scale(node: ir.Node, place: int) -> ir.Value | None:
-    """A norm's scale; None where it is the ones that ONNX asks for and torch does not have."""
+def _learned(node: ir.Node, place: int, neutral: float) -> ir.Value | None:
+    """A norm's gamma or beta; None where it is what ONNX asks for and torch does not have.
+
+    neutral: what such a tensor is filled with, ones for gamma.
+    """
     value = node.inputs[place] if len(node.inputs) > place else None
-    if value is None or "." in str(value.name):
-        return value  # a parameter, under the path of its module
+    if value is None or is_parameter(value):
+        return value
     producer = value.producer()
     if producer is not None and producer.op_type != "Constant":
-        return None if filled(producer) == 1.0 else value
-    tensor = stored(value)
-    return None if tensor is not None and (tensor.numpy() == 1).all() else value
+        return None if filled(producer) == neutral else value
+    return None if _all(value, neutral) else value
 
 
 def _clip(node: ir.Node) -> Said | None:
@@ -326,7 +388,7 @@ def _layer_norm(node: ir.Node) -> Said | None:
     if axes is None:
         return None
     eps = node.attributes.get_float("epsilon", 1e-5)
-    operands = (_first(node), _scale(node, 1), *node.inputs[2:3])
+    operands = (_first(node), _learned(node, 1, 1.0), _learned(node, 2, 0.0))
     return Said(Op.LAYER_NORM, operands, {"axes": axes, "eps": _decimal(eps)})
 
 
@@ -335,7 +397,7 @@ def _rms_norm(node: ir.Node) -> Said | None:
     if axes is None:
         return None
     eps = node.attributes.get_float("epsilon", 1e-5)
-    operands = (_first(node), _scale(node, 1))
+    operands = (_first(node), _learned(node, 1, 1.0))
     return Said(Op.RMS_NORM, operands, {"axes": axes, "eps": _decimal(eps)})
 
 
@@ -434,6 +496,7 @@ _SAYINGS: dict[str, Saying] = {
     "LpNormalization": _over_length,
     "MeanVarianceNormalization": _mean_variance,
     "Clip": _clip,
+    "Relu": lambda node: Said(Op.MAXIMUM, (_first(node), 0.0)),
     "Max": _maximum,
     "Cast": _cast,
     "CastLike": _cast_like,
@@ -441,7 +504,7 @@ _SAYINGS: dict[str, Saying] = {
     "Dropout": _dropout,
     "Expand": lambda node: Said(Op.EXPAND, (_first(node),)),
     "Reshape": _reshape,
-    "Flatten": lambda node: Said(Op.VIEW, (_first(node),)),
+    "Flatten": _view,
     "Transpose": _transpose,
     "Slice": _slice,
     "Gather": _gather,
@@ -449,6 +512,9 @@ _SAYINGS: dict[str, Saying] = {
     "Concat": _concat,
     "Pad": _pad,
     "MatMul": _matmul,
+    "Einsum": _einsum,
+    "Tile": _tile,
+    "AveragePool": _average_pooled,
     "Gemm": _gemm,
     "Conv": _convolution,
     "GlobalAveragePool": _pooled,

@@ -21,6 +21,7 @@ from ..fits import Fit, RowSample, fit_diagonal, relative_error
 from ..graphs.base import Graph
 from ..graphs.cuts import Stage, stages
 from ..progress import track
+from ..scatter import scatter
 from ..shelf import Kept, Shelf
 from ..sites import Match, NormKind, NormSite
 from ..terms import Value
@@ -28,6 +29,7 @@ from ..terms import Value
 __all__ = ["calibrate", "fingerprint"]
 
 Array = npt.NDArray[np.float32]
+Affine = tuple[Array, Array]
 Lane = list[dict[Value, Kept]]
 """The values of one model that live between two stages, by batch."""
 
@@ -52,10 +54,11 @@ def calibrate(
         ):
             walk.advance(stage)
             sample = walk.observe(site, stage, seed)
+            affine = _affine(graph, site)
             if site.tied_to is None:
-                fits[site.name] = _fit(site, sample, later_calls.get(site.name, ()))
+                fits[site.name] = _fit(site, sample, later_calls.get(site.name, ()), affine)
             else:
-                fits[site.name] = _follow(fits[site.tied_to], site, sample)
+                fits[site.name] = _follow(fits[site.tied_to], site, sample, affine)
             applied = fits[site.name].parameters if site.name in convert else None
             walk.apply(site, applied, stage, following)
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
@@ -95,24 +98,37 @@ def _later_calls(
     return found
 
 
-def _fit(site: NormSite, sample: RowSample, others: Iterable[RowSample]) -> SiteFit:
-    own, _ = sample.rows()
-    median, peak = _sigma(own, centred=site.kind is NormKind.LAYER_NORM)
+def _fit(
+    site: NormSite, sample: RowSample, others: Iterable[RowSample], affine: Affine | None
+) -> SiteFit:
+    own = sample.rows()
     for other in others:
         sample.add(*other.rows())
     fit = fit_diagonal(*sample.rows())
     if isinstance(fit, Fit):
-        return SiteFit(_shaped(fit.parameters, site), fit.error, None, median, peak)
-    return SiteFit(None, None, fit, median, peak)
+        return _fitted(site, own, _shaped(fit.parameters, site), fit.error, None, affine)
+    return _fitted(site, own, None, None, fit, affine)
 
 
-def _follow(first: SiteFit, site: NormSite, sample: RowSample) -> SiteFit:
+def _follow(first: SiteFit, site: NormSite, sample: RowSample, affine: Affine | None) -> SiteFit:
     """The fit of a later call of a module: the values of the first, the error on its own rows."""
-    x, y = sample.rows()
-    median, peak = _sigma(x, centred=site.kind is NormKind.LAYER_NORM)
-    if first.parameters is None:
-        return SiteFit(None, None, first.reason, median, peak)
-    return SiteFit(first.parameters, relative_error(first.parameters, x, y), None, median, peak)
+    own = sample.rows()
+    error = None if first.parameters is None else relative_error(first.parameters, *own)
+    return _fitted(site, own, first.parameters, error, first.reason, affine)
+
+
+def _fitted(
+    site: NormSite,
+    own: tuple[Array, Array],
+    parameters: DytParameters | None,
+    error: float | None,
+    reason: str | None,
+    affine: Affine | None,
+) -> SiteFit:
+    """A fit with what is told of the site's own rows."""
+    sigma = _sigma(own[0], centred=site.kind is NormKind.LAYER_NORM)
+    drawn = None if affine is None else scatter(*own, sigma, parameters, affine)
+    return SiteFit(parameters, error, reason, *_median_and_peak(sigma), drawn)
 
 
 def _paired(staged: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
@@ -270,14 +286,34 @@ def _shaped(parameters: DytParameters, site: NormSite) -> DytParameters:
     )
 
 
-def _sigma(rows: Array, *, centred: bool) -> tuple[float | None, float | None]:
-    """Median, and largest over median, of what the norm divides its rows by (eps left out)."""
-    if not len(rows):
-        return None, None
+def _sigma(rows: Array, *, centred: bool) -> npt.NDArray[np.float64]:
+    """What the norm divides each row by (eps left out)."""
     wide = rows.astype(np.float64)
-    sigma = wide.std(axis=1) if centred else np.sqrt((wide * wide).mean(axis=1))
+    return np.asarray(wide.std(axis=1) if centred else np.sqrt((wide * wide).mean(axis=1)))
+
+
+def _median_and_peak(sigma: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
+    """The median, and the largest over the median."""
+    if not len(sigma):
+        return None, None
     median = float(np.median(sigma))
     return median, float(sigma.max()) / median if median else None
+
+
+def _affine(graph: Graph, site: NormSite) -> Affine | None:
+    """The norm's own gamma and beta, one value a channel; None where they are not so shaped."""
+    found = []
+    for value, neutral in ((site.gamma, 1.0), (site.beta, 0.0)):
+        array = np.asarray(neutral) if value is None else graph.constant(value)
+        if array is None or not _broadcasts(array.shape, site.parameter_shape):
+            return None
+        found.append(np.broadcast_to(array.astype(np.float32), site.parameter_shape).ravel())
+    return found[0], found[1]
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in pairs)
 
 
 def _sketch(graph: Graph, value: Value | None) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -28,6 +28,7 @@ SCALINGS = {Op.MUL, Op.DIV}
 STATISTIC = {
     Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.SQUARE, Op.POW, Op.SQRT, Op.RSQRT, Op.EXP,
     Op.LOG, Op.RECIPROCAL, Op.CAST, Op.EXPAND, Op.UNSQUEEZE, Op.SQUEEZE, Op.RESHAPE, Op.TRANSPOSE,
+    Op.VIEW,
 }  # fmt: skip
 """What may stand between a reduction and the scaling by its root."""
 
@@ -57,6 +58,11 @@ UNKNOWN_CHANNELS = (
 )
 AFFINE_OF_INPUTS = "its gamma or beta is computed from the model's inputs"
 ACROSS_CHANNELS = "its gamma or beta varies along another axis than it normalizes"
+
+JOINED_AXES = (
+    "its statistics run over several axes that a view puts together, as those of GroupNorm and "
+    "InstanceNorm do"
+)
 
 OTHER_SHAPE = Miss("its gamma or beta has another shape than one value a channel", near=False)
 
@@ -96,7 +102,7 @@ def match(graph: Graph) -> Match:
         if term in found.claimed:
             continue
         if term.output.constant:
-            if term.op in WHOLE_NORMS:
+            if term.op in WHOLE_NORMS or _normalizes_a_weight(term, prover):
                 found.refuse(term, OF_A_WEIGHT)
         elif term.op in REFUSED:
             kind, reason = REFUSED[term.op]
@@ -131,7 +137,7 @@ def _settle(
         return
     piece, proof = best
     found.claimed.update(piece.terms)
-    site = _site(piece, proof, outputs)
+    site = _site(first, piece, proof, outputs)
     if site.channels is None:
         found.refuse(first, UNKNOWN_CHANNELS)
     else:
@@ -242,7 +248,27 @@ def _per_channel(piece: Piece, proof: Proof) -> Miss | None:
             f"it normalizes axis {axes[0]} without a gamma or beta along it, as instance norms of "
             "tokens do"
         )
-    return None
+    return Miss(JOINED_AXES) if bare and _joins_axes(piece) else None
+
+
+def _joins_axes(piece: Piece) -> bool:
+    """Whether a view before makes its last axis of several, and one behind takes them apart."""
+    before = _before_casts(piece.input).producer
+    if before is None or not _is_longer(before.output, before.operands[:1]):
+        return False
+    pending, behind = [piece.output], list[Value]()
+    while pending:
+        for term in pending.pop().consumers:
+            (pending if term.op is Op.CAST else behind).append(term.output)
+    views = [value for value in behind if value.producer and value.producer.op is Op.VIEW]
+    return before.op is Op.VIEW and _is_longer(piece.output, views)
+
+
+def _is_longer(value: Value, others: Iterable[Value]) -> bool:
+    """Whether its last axis is known to be longer than that of one of the others."""
+    last = value.shape[-1] if value.shape else None
+    lasts = [other.shape[-1] for other in others if other.shape]
+    return last is not None and any(size is not None and size < last for size in lasts)
 
 
 def _is_channel_axis_of_images(axes: tuple[int, ...], shape: tuple[int | None, ...] | None) -> bool:
@@ -278,14 +304,14 @@ def _position(value: Value) -> float:
 
 
 def _reduced(root: Term) -> bool:
-    """Whether a root is taken of something that a reduction made."""
+    """Whether a root is taken of something that a reduction made, of a constant if it is one."""
     if root.op in REDUCTIONS:
         return True
     pending, steps = list(root.operands), 0
     while pending and steps < STEPS:
         term = pending.pop().producer
         steps += 1
-        if term is None or term.output.constant:
+        if term is None or term.output.constant is not root.output.constant:
             continue
         if term.op in REDUCTIONS:
             return True
@@ -297,10 +323,15 @@ def _reduced(root: Term) -> bool:
 def _scalings(root: Term) -> Iterator[Term]:
     """Terms that multiply or divide another value by what was made from `root`."""
     pending, statistics = [root.output], {root.output}
+    of_weight = root.output.constant
     while pending:
         value = pending.pop()
         for term in value.consumers:
-            others = [v for v in term.operands if v not in statistics and not v.constant]
+            others = [
+                v
+                for v in term.operands
+                if v not in statistics and (v.scalar is None if of_weight else not v.constant)
+            ]
             if others and term.op in SCALINGS:
                 yield term
             elif not others and term.op in STATISTIC and term.output not in statistics:
@@ -308,14 +339,38 @@ def _scalings(root: Term) -> Iterator[Term]:
                 pending.append(term.output)
 
 
-def _site(piece: Piece, proof: Proof, outputs: set[Value]) -> NormSite:
-    """The site of a proved piece."""
+def _normalizes_a_weight(root: Term, prover: Prover) -> bool:
+    """Whether a constant root is that of a norm of the one parameter that it is computed from."""
+    weight = root.output.learned() if root.op in ROOTS else None
+    if weight is None or weight is root.output or not _reduced(root):
+        return False
+    return any(
+        isinstance(prover.identify(Piece(weight, scaling.output, _between(weight, scaling))), Proof)
+        for scaling in _scalings(root)
+        if scaling.output.constant
+    )
+
+
+def _between(weight: Value, end: Term) -> tuple[Term, ...]:
+    """The terms that compute a constant from a parameter, in execution order."""
+    terms, pending = {end}, [end]
+    while pending:
+        for value in pending.pop().operands:
+            term = value.producer
+            if value is not weight and term is not None and term not in terms:
+                terms.add(term)
+                pending.append(term)
+    return tuple(sorted(terms, key=lambda term: term.index))
+
+
+def _site(first: Term, piece: Piece, proof: Proof, outputs: set[Value]) -> NormSite:
+    """The site of a proved piece, whose input is first scaled in `first`."""
     constants = piece.constants()
     gamma = None if proof.gamma is None else constants[proof.gamma]
     beta = None if proof.beta is None else constants[proof.beta]
     source = _before_casts(piece.input)
     return NormSite(
-        name=_name(piece.terms[-1], gamma),
+        name=_name(_owner(first, piece.terms[-1]), gamma),
         kind=NormKind.LAYER_NORM if proof.form.centred else NormKind.RMS_NORM,
         channels=_channels(source, gamma or beta, proof.form.axes),
         axes=proof.form.axes,
@@ -478,6 +533,13 @@ def _affine_names(gamma: Value | None, beta: Value | None) -> tuple[str, ...]:
 def _consumers(value: Value, outputs: set[Value]) -> tuple[str, ...]:
     labels = [term.label for term in value.consumers]
     return (*labels, "output") if value in outputs else tuple(labels)
+
+
+def _owner(first: Term, last: Term) -> Term:
+    """The term whose module a norm is named after: its last one, or what scales its input first
+    where the gamma or the beta behind belongs to another module (a LayerScale)."""
+    around = not last.scope or f"{first.scope}.".startswith(f"{last.scope}.")
+    return last if around or not first.scope else first
 
 
 def _name(last: Term, parameter: Value | None) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ..calibration import Calibration
+from ..graphs.base import Graph
 from ..metrics import Measurement
 from ..passes.plan import Plan
 from ..sites import Match, NormSite
@@ -15,6 +18,7 @@ __all__ = ["assemble"]
 
 
 def assemble(
+    graph: Graph,
     found: Match,
     mode: str,
     metric: str,
@@ -36,7 +40,7 @@ def assemble(
         error=None if measured is None else measured.error,
         standard_error=None if measured is None else measured.standard_error,
         samples=0 if measured is None else measured.samples,
-        sites=tuple(_site_report(site, planned, isolated) for site in found.sites),
+        sites=tuple(_site_report(graph, site, planned, isolated) for site in found.sites),
         refusals=tuple(refusal.to_dict() for refusal in found.refusals),
         attempts=() if planned is None else planned.attempts,
         seconds=seconds,
@@ -44,14 +48,18 @@ def assemble(
     )
 
 
-def _site_report(site: NormSite, planned: Plan | None, isolated: Calibration | None) -> SiteReport:
+def _site_report(
+    graph: Graph, site: NormSite, planned: Plan | None, isolated: Calibration | None
+) -> SiteReport:
     chosen = None if planned is None else planned.chosen
     calibration = isolated if chosen is None else chosen.calibration
     fit = None if calibration is None else calibration.fits.get(site.name)
     stands_for = site.tied_to or site.name
     converted = site.kind.lossless or (planned is not None and stands_for in planned.converted)
     sensitivity = None if planned is None else planned.sensitivities.get(stands_for)
-    parameters = fit.parameters if fit is not None and converted else None
+    alpha = None if site.alpha is None else graph.constant(site.alpha)
+    if fit is not None and fit.parameters is not None and converted:
+        alpha = fit.parameters.alpha
     return SiteReport(
         name=site.name,
         kind=site.kind.value,
@@ -59,11 +67,12 @@ def _site_report(site: NormSite, planned: Plan | None, isolated: Calibration | N
         consumers=site.consumers,
         converted=converted,
         reason=None if converted else _why_kept(planned, fit, sensitivity),
-        alpha=None if parameters is None else float(parameters.alpha.ravel()[0]),
+        alpha=None if alpha is None else float(np.mean(alpha, dtype=np.float64)),
         fit_error=None if fit is None else fit.fit_error,
         sensitivity=sensitivity,
         sigma_median=None if fit is None else fit.sigma_median,
         sigma_peak=None if fit is None else fit.sigma_peak,
+        scatter=None if fit is None else fit.scatter,
     )
 
 

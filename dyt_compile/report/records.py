@@ -6,12 +6,13 @@ import importlib.util
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..files import replaced
+from ..scatter import Scatter
 
 __all__ = ["Report", "SiteReport", "environment"]
 
@@ -21,7 +22,9 @@ class SiteReport:
     """One site: what became of it, why, and at what cost.
 
     fit_error: relative error of its fit on held-out rows; sensitivity: error at the model's
-    output with this site alone converted. Neither is measured in mode "exact".
+    output with this site alone converted. Neither is measured in mode "exact". alpha: what the
+    converted model computes with, the mean where the model gave each channel its own.
+    scatter: some inputs and outputs with the fit, used or not; drawn, and not part of the JSON.
     """
 
     name: str
@@ -35,6 +38,7 @@ class SiteReport:
     sensitivity: float | None
     sigma_median: float | None
     sigma_peak: float | None
+    scatter: Scatter | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Report:
     """What was converted, what it cost, what was kept and why.
 
     error: of the converted against the original model at `output`, in `metric`, on `samples`
-    samples that took part in neither fit nor plan (None in mode "exact" without data);
-    export_error: of an exported file against the converted model, set by the exporter alone.
+    samples that took part in neither fit nor plan (None in mode "exact"). What an exported file
+    differs by from the converted model is no part of it: the exporter says that.
     attempts: (sites converted, error on the plan samples) of every set that was tried.
     """
 
@@ -66,11 +70,17 @@ class Report:
         """How many sites were converted."""
         return sum(site.converted for site in self.sites)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report's figures as plain JSON data."""
+        data: dict[str, Any] = asdict(self)
+        for site in data["sites"]:
+            del site["scatter"]
+        data["converted"] = self.converted
+        return data
+
     def to_json(self) -> str:
         """The report as JSON text."""
-        data: dict[str, Any] = asdict(self)
-        data["converted"] = self.converted
-        return json.dumps(data, indent=2)
+        return json.dumps(self.to_dict(), indent=2)
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""

@@ -1,6 +1,6 @@
 """Converts the digits ViT, and shows what that costs in accuracy.
 
-Writes model.onnx, report.json and figures.json into the output folder.
+Writes model.onnx, report.html, report.json and figures.json into the output folder.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def main() -> None:
     result = dyt_compile.convert(
         model, list(calibration()), mode=options.mode, budget=options.max_error, metric="relative"
     )
-    dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
+    exported = dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
     seconds = time.perf_counter() - started
 
     report = result.report
-    report.save(folder / "report.json")
+    for name in ("report.html", "report.json"):
+        dyt_compile.write_report(report, folder / name, exported=exported)
     figures = {
         "accuracy_before": accuracy(model, pixels, labels),
         "accuracy_after": accuracy(result.model, pixels, labels),
@@ -76,7 +77,8 @@ def main() -> None:
         f"output error {report.error:.3f} (budget {options.max_error}, mode {options.mode})"
     )
     console.print(
-        f"{seconds:.0f} s; wrote {folder}/model.onnx, report.json, figures.json", soft_wrap=True
+        f"{seconds:.0f} s; wrote {folder}/model.onnx, report.html, report.json, figures.json",
+        soft_wrap=True,
     )
 
 

@@ -1,8 +1,8 @@
 """Converts the forecaster, and shows what that costs in the error of its forecasts.
 
-Writes model.onnx, report.json and figures.json into the output folder. The converted forecasts
-are those of the ONNX file that it wrote, run by ONNX Runtime, on windows of the year after the
-calibration year.
+Writes model.onnx, report.html, report.json and figures.json into the output folder. The converted
+forecasts are those of the ONNX file that it wrote, run by ONNX Runtime, on windows of the year
+after the calibration year.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
     result = dyt_compile.convert(
         model, list(calibration()), mode=options.mode, budget=options.max_error, metric="relative"
     )
-    dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
+    exported = dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
     seconds = time.perf_counter() - started
 
     contexts, truth = (part.reshape(-1, part.shape[-1]) for part in windows(TEST_YEARS))
@@ -97,7 +97,8 @@ def main() -> None:
         "converted": quality(after, truth),
     }
     report = result.report
-    report.save(folder / "report.json")
+    for name in ("report.html", "report.json"):
+        dyt_compile.write_report(report, folder / name, exported=exported)
     figures = {
         "quality": qualities,
         "test_error": float(np.linalg.norm(after - before) / np.linalg.norm(before)),
@@ -119,7 +120,8 @@ def main() -> None:
         f"mode {options.mode})"
     )
     console.print(
-        f"{seconds:.0f} s; wrote {folder}/model.onnx, report.json, figures.json", soft_wrap=True
+        f"{seconds:.0f} s; wrote {folder}/model.onnx, report.html, report.json, figures.json",
+        soft_wrap=True,
     )
 
 

@@ -1,7 +1,7 @@
 """Converts the sentence encoder, and shows how far its embeddings move.
 
-Writes model.onnx, report.json and figures.json into the output folder. The converted embeddings
-are those of the ONNX file that it wrote, run by ONNX Runtime.
+Writes model.onnx, report.html, report.json and figures.json into the output folder. The converted
+embeddings are those of the ONNX file that it wrote, run by ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -93,14 +93,15 @@ def main() -> None:
         result = convert(folder / "original.onnx", [as_numpy(batch) for batch in calibration()])
     else:
         result = convert(model, list(calibration()))
-    dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
+    exported = dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
     seconds = time.perf_counter() - started
 
     held_out = batches(sentences()[1])
     before = embeddings(lambda batch: model(**batch), held_out)
     after = embeddings(onnx_encoder(folder / "model.onnx"), held_out)
     report = result.report
-    report.save(folder / "report.json")
+    for name in ("report.html", "report.json"):
+        dyt_compile.write_report(report, folder / name, exported=exported)
     figures = {
         "cosine_similarity": (before * after).sum(dim=1).mean().item(),
         "nearest_neighbour_agreement": (nearest(before) == nearest(after)).float().mean().item(),
@@ -121,7 +122,8 @@ def main() -> None:
         f"output error {report.error:.3f} (budget {options.max_error}, mode {options.mode})"
     )
     console.print(
-        f"{seconds:.0f} s; wrote {folder}/model.onnx, report.json, figures.json", soft_wrap=True
+        f"{seconds:.0f} s; wrote {folder}/model.onnx, report.html, report.json, figures.json",
+        soft_wrap=True,
     )
 
 

@@ -120,6 +120,36 @@ def test_convert_writes_model_report_and_calibration(model: str, data: str, tmp_
     assert set(Calibration.load(tmp_path / "c.safetensors").fits) == {"0.norm", "1.norm"}
 
 
+def test_report_may_be_written_twice_and_is_named(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, figures = tmp_path / "r.html", tmp_path / "r.json"
+    options = ["--mode", "all", "--report", page, "--report", figures]
+    assert convert(model, "-o", tmp_path / "o.onnx", "--data", data, *options) == 0
+    printed = capsys.readouterr().out
+    assert f"wrote {page}: {page.stat().st_size / 1e6:.1f} MB" in printed
+    assert f"wrote {figures}: " in printed
+    assert json.loads(figures.read_text())["exported"]["path"] == str(tmp_path / "o.onnx")
+
+
+def test_inspect_writes_a_report(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", model, "--report", tmp_path / "found.html") == 0
+    assert "Nothing was converted or measured" in (tmp_path / "found.html").read_text()
+    assert "wrote " in capsys.readouterr().out
+
+
+def test_report_that_cannot_be_written_is_refused_before_anything_is_done(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o.onnx"
+    expected = "OptionError: the report is 'r.pdf'; allowed: a file in .html or .json"
+    assert failure(capsys, "convert", model, "-o", out, "--report", "r.pdf") == expected
+    assert failure(capsys, "inspect", model, "--report", "r.pdf") == expected
+    assert not out.exists()
+
+
 def test_convert_takes_batches_from_a_function(model: str, tmp_path: Path) -> None:
     data = model.replace(":load", ":batches")
     assert convert(model, "-o", tmp_path / "o.onnx", "--data", data, "--max-error", "0.5") == 0

@@ -102,6 +102,10 @@ def _cond(step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cond(x.sum() > 0, step, lambda x: x + 1, (x,))
 
 
+def _longer_branch(step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda x: step(x) * 2 + 1, lambda x: x + 1, (x,))
+
+
 def _loop(step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     start = torch.zeros((), dtype=torch.int64)
     return while_loop(lambda n, x: n < 2, lambda n, x: (n + 1, step(x)), (start, x))[1]
@@ -112,7 +116,8 @@ def _scan(step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("run", "operator"), [(_cond, "cond"), (_loop, "while_loop"), (_scan, "scan")]
+    ("run", "operator"),
+    [(_cond, "cond"), (_longer_branch, "cond"), (_loop, "while_loop"), (_scan, "scan")],
 )
 def test_norm_in_control_flow_is_refused_and_dyt_stays(
     run: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], operator: str

@@ -153,13 +153,82 @@ def clamped_length(self: Spelled, x: Tensor) -> Tensor:
     return x * (CHANNELS**0.5 / size) * self.weight
 
 
+def mean_as_product(self: Spelled, x: Tensor) -> Tensor:
+    column = torch.full((CHANNELS, 1), 1 / CHANNELS)
+    centred = x - x @ column
+    return centred * torch.rsqrt((centred * centred) @ column + self.eps) * self.weight + self.bias
+
+
+def mean_as_linear(self: Spelled, x: Tensor) -> Tensor:
+    row = torch.ones(1, CHANNELS) / CHANNELS
+    centred = x - F.linear(x, row)
+    variance = F.linear(centred.square(), row)
+    return centred / torch.sqrt(variance + self.eps) * self.weight + self.bias
+
+
+def mean_by_pooling(self: Spelled, x: Tensor) -> Tensor:
+    centred = x - F.avg_pool1d(x, CHANNELS)
+    variance = F.avg_pool1d(centred * centred, CHANNELS)
+    return centred / torch.sqrt(variance + self.eps) * self.weight + self.bias
+
+
+def larger_of_variance_and_nothing(self: Spelled, x: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    variance = torch.maximum((x * x).mean(-1, keepdim=True) - mean * mean, torch.zeros(()))
+    return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+def statistics_for_each_channel(self: Spelled, x: Tensor) -> Tensor:
+    mean, variance = (y.repeat_interleave(CHANNELS, -1) for y in _moments(x))
+    return (x - mean) / torch.sqrt(variance + self.eps) * self.weight + self.bias
+
+
+def beta_subtracted(self: Spelled, x: Tensor) -> Tensor:
+    return F.layer_norm(x, (CHANNELS,)) * self.weight - self.bias
+
+
+def beta_first(self: Spelled, x: Tensor) -> Tensor:
+    return (F.layer_norm(x, (CHANNELS,)) + self.bias) * self.weight
+
+
+def divided_by_gamma(self: Spelled, x: Tensor) -> Tensor:
+    return F.layer_norm(x, (CHANNELS,)) / self.weight + self.bias
+
+
+def einsum_of_named_axes(self: Spelled, x: Tensor) -> Tensor:
+    squares = torch.einsum("btd,btd->bt", x, x)
+    factor = torch.rsqrt(squares / CHANNELS + self.eps)
+    return torch.einsum("btd,bt->btd", x, factor) * self.weight
+
+
+def einsum_with_gamma(self: Spelled, x: Tensor) -> Tensor:
+    factor = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+    return torch.einsum("...d,d->...d", x * factor, self.weight)
+
+
+def batched_product_with_itself(self: Spelled, x: Tensor) -> Tensor:
+    rows = x.reshape(-1, 1, CHANNELS)
+    squares = torch.bmm(rows, rows.transpose(1, 2)).reshape(*x.shape[:-1], 1)
+    return x * torch.rsqrt(squares / CHANNELS + self.eps) * self.weight
+
+
+def dot_product_with_itself(self: Spelled, x: Tensor) -> Tensor:
+    squares = torch.linalg.vecdot(x, x)[..., None]
+    return x * torch.rsqrt(squares / CHANNELS + self.eps) * self.weight
+
+
 LAYERS: tuple[Formula, ...] = (
     in_place, statistics_without_gradient, outside_of_autocast, addcmul, addcdiv, std_mean,
     squared_error, scaled_subtraction, einsum, rows_by_columns, length, pooled,
     exponent_of_logarithm, hypotenuse, clamped_variance, transposed_statistics,
-    group_norm_of_tokens,
+    group_norm_of_tokens, mean_as_product, mean_as_linear, mean_by_pooling,
+    larger_of_variance_and_nothing, statistics_for_each_channel, beta_subtracted, beta_first,
+    divided_by_gamma,
 )  # fmt: skip
-ROOT_MEAN_SQUARES: tuple[Formula, ...] = (in_place_rms, repeated_rms, view_around)
+ROOT_MEAN_SQUARES: tuple[Formula, ...] = (
+    in_place_rms, repeated_rms, view_around, einsum_of_named_axes, einsum_with_gamma,
+    batched_product_with_itself, dot_product_with_itself,
+)  # fmt: skip
 
 SPELLINGS = (
     *(Spelling(f.__name__, lambda f=f: Spelled(f), "layer_norm", 1e-5, LAYER) for f in LAYERS),
@@ -178,6 +247,15 @@ def test_spelling_is_found_and_replaced(spelling: Spelling) -> None:
     site = only_site(graph)
     assert_says(site, spelling, graph, branch.norm)
     assert_replaces(graph, site, branch, x, EXACT)
+
+
+@pytest.mark.parametrize("spelling", [pytest.param(s, id=s.name) for s in SPELLINGS])
+def test_decomposed_spelling_is_found(spelling: Spelling) -> None:
+    branch, x = spelling.branch(), example()
+    shapes = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(branch, (x,), dynamic_shapes=shapes).run_decompositions()
+    graph = capture(program)
+    assert_says(only_site(graph), spelling, graph, branch.norm)
 
 
 def test_layer_norm_whose_centred_value_others_read_is_a_layer_norm() -> None:
@@ -212,6 +290,11 @@ def of_a_weight(self: Spelled, x: Tensor) -> Tensor:
     return x + F.layer_norm(self.weight, (CHANNELS,))
 
 
+def of_a_weight_by_hand(self: Spelled, x: Tensor) -> Tensor:
+    factor = torch.rsqrt(self.weight.pow(2).mean(-1, keepdim=True) + self.eps)
+    return x * (self.weight * factor)
+
+
 OTHERS: dict[str, tuple[Formula, str]] = {
     "over_tokens": (over_tokens, "axis -2"),  # RevIN, an instance norm of series
     "over_tokens_with_gamma": (over_tokens_with_gamma, "axis -2"),
@@ -219,6 +302,7 @@ OTHERS: dict[str, tuple[Formula, str]] = {
     "fourth_powers": (fourth_powers, "not the root"),
     "groups": (groups, "groups of channels"),
     "of_a_weight": (of_a_weight, "never changes"),
+    "of_a_weight_by_hand": (of_a_weight_by_hand, "never changes"),
 }
 
 
@@ -230,6 +314,50 @@ def test_what_only_looks_alike_is_refused_with_the_reason(name: str) -> None:
     assert found.sites == ()
     (refusal,) = found.refusals
     assert reason in refusal.reason
+
+
+def weighted_mean(self: Spelled, x: Tensor) -> Tensor:
+    column = torch.linspace(0, 1, CHANNELS)[:, None] / CHANNELS
+    return x * torch.rsqrt((x * x) @ column + self.eps)
+
+
+def pooled_in_parts(self: Spelled, x: Tensor) -> Tensor:
+    squares = F.avg_pool1d(x * x, CHANNELS // 2).repeat_interleave(CHANNELS // 2, -1)
+    return x * torch.rsqrt(squares + self.eps)
+
+
+def product_with_another_row(self: Spelled, x: Tensor) -> Tensor:
+    squares = torch.einsum("btd,btd->bt", x, x.flip(1)) / CHANNELS
+    return x * torch.rsqrt(squares.abs() + self.eps)[..., None]
+
+
+def length_of_a_weight(self: Spelled, x: Tensor) -> Tensor:
+    return x * (self.weight / self.weight.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [weighted_mean, pooled_in_parts, product_with_another_row, length_of_a_weight],
+)
+def test_what_divides_by_something_else_is_neither_site_nor_refusal(formula: Formula) -> None:
+    branch = randomized(Branch(Spelled(formula)), formula.__name__)
+    found = match(capture(branch, (example(),)))
+    assert (found.sites, found.refusals) == ((), ())
+
+
+def test_norm_is_named_after_its_module_and_not_after_a_scale_behind() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(CHANNELS, elementwise_affine=False)
+            self.scale = Spelled(lambda self, x: x * self.weight, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.scale(self.norm(x))
+            return y
+
+    site = only_site(capture(Scaled(), (example(),)))
+    assert (site.name, site.affine) == ("norm", RMS)
 
 
 def test_gamma_along_another_axis_than_the_normalized_one_is_refused() -> None:
@@ -287,3 +415,20 @@ def test_dtype_of_another_value_is_not_read_across_a_cut() -> None:
     (y,) = graph.segment([site.output], outputs)([normed])
     (expected,) = graph.segment(list(graph.inputs.values()), outputs)(list(batch.values()))
     torch.testing.assert_close(y, expected)
+
+
+def test_axes_of_length_1_beside_the_normalized_one_do_not_count() -> None:
+    """The LayerNorm of GCNet's context, over channels of one place."""
+
+    class Context(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm([CHANNELS, 1, 1])
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x * self.norm(x.mean((2, 3), keepdim=True))
+            return y
+
+    site = only_site(capture(randomized(Context(), "context"), (example("image"),)))
+    assert (site.axes, site.channels, site.affine) == ((-3,), CHANNELS, LAYER)
+    assert site.parameter_shape == (CHANNELS, 1, 1)

@@ -205,6 +205,42 @@ NORMS = (
         affine=BOTH,
         more="float sc = {0.1}",
     ),
+    Norm(
+        "einsum",
+        f'{LAST} q = Einsum<equation="abc,abc->ab">(x, x) u = Unsqueeze(q, ax) '
+        f"n = Constant<value_float=8.0>() s = Div(u, n) {ROOT_MEAN}",
+    ),
+    Norm(
+        "product_with_itself",
+        "rs = Constant<value_ints=[-1, 1, 8]>() h = Reshape(x, rs) "
+        "k = Transpose<perm=[0, 2, 1]>(h) t = MatMul(h, k) "
+        "bs = Constant<value_ints=[-1, 6, 1]>() u = Reshape(t, bs) "
+        f"n = Constant<value_float=8.0>() s = Div(u, n) {ROOT_MEAN}",
+    ),
+    Norm(
+        "mean_as_product", f"q = Mul(x, x) s = MatMul(q, m) {ROOT_MEAN}",
+        more="float[8,1] m = {0.125, 0.125, 0.125, 0.125, 0.125, 0.125, 0.125, 0.125}",
+    ),
+    Norm(
+        "mean_by_pooling", f"q = Mul(x, x) s = AveragePool<kernel_shape=[8]>(q) {ROOT_MEAN}",
+    ),
+    Norm(
+        "tiled_statistics",
+        f"q = Mul(x, x) {LAST} p = ReduceMean(q, ax) o = Constant<value_ints=[1, 1, 8]>() "
+        f"s = Tile(p, o) {ROOT_MEAN}",
+    ),
+    Norm(
+        "variance_that_is_no_less_than_zero",
+        f"{LAST} m = ReduceMean(x, ax) c = Sub(x, m) q = Mul(x, x) t = ReduceMean(q, ax) "
+        f"w = Mul(m, m) d = Sub(t, w) s = Relu(d) {EPS} v = Add(s, e) r = Sqrt(v) z = Div(c, r) "
+        "k = Mul(z, g) y = Sub(k, b)",
+        kind=LAYER, affine=BOTH,
+    ),
+    Norm(
+        "divided_by_gamma",
+        f"q = Mul(x, x) {LAST} s = ReduceMean(q, ax) {EPS} v = Add(s, e) r = Sqrt(v) z = Div(x, r) "
+        "y = Div(z, g)",
+    ),
     Norm("function", "y = f.norm(x, g)", eps=0.02, functions=NORM_FUNCTION),
     Norm(
         "function_with_an_attribute", "y = f.norm<eps=0.01>(x, g)", eps=0.01,

@@ -234,6 +234,42 @@ def test_onnx_gives_the_fits_of_torch(
     assert exported.converted == own.converted
 
 
+@pytest.mark.parametrize("convert", [(), NAMES], ids=["isolated", "sequential"])
+def test_points_to_draw_are_those_of_the_norm_in_torch_and_onnx(
+    graph: Graph, onnx_file: Path, convert: tuple[str, ...]
+) -> None:
+    own = _calibrated(graph, _batches(_inputs(), 7), convert)
+    exported = _calibrated(capture(onnx_file), _batches(_inputs()), convert)
+    for name, fit in own.fits.items():
+        first, second = fit.scatter, exported.fits[name].scatter
+        assert first is not None
+        assert second is not None
+        assert first.x.shape == (32, WIDTH)
+        np.testing.assert_array_equal(first.channels, second.channels)
+        np.testing.assert_allclose(first.x, second.x, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(first.y, second.y, rtol=1e-3, atol=1e-3)
+        # Twelve channels are all drawn, so each token's y has a mean of 0 and a square of 1.
+        np.testing.assert_allclose(first.y.mean(axis=1), 0, atol=1e-4)
+        np.testing.assert_allclose((first.y**2).mean(axis=1), 1, atol=1e-3)
+
+
+def test_points_of_later_calls_are_their_own() -> None:
+    class Twice(Transformer):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(super().forward(x) * 30)
+            return y
+
+    graph = capture(Twice().eval(), (_inputs(4),))
+    fits = _calibrated(graph, _batches(_inputs()), (*NAMES, "norm#2")).fits
+    first, second = fits["norm"].scatter, fits["norm#2"].scatter
+    assert first is not None
+    assert second is not None
+    assert first.fitted is not None
+    assert second.fitted is not None
+    np.testing.assert_array_equal(first.fitted.alpha, second.fitted.alpha)
+    assert np.abs(second.x).max() > 1.5 * np.abs(first.x).max()
+
+
 @pytest.mark.parametrize("sizes", [1, 7, 60, [1, 30, 29]], ids=str)
 def test_fits_do_not_depend_on_how_samples_are_batched(
     graph: Graph, sizes: int | list[int]

@@ -1,0 +1,218 @@
+// Figures over all sites: what they cost, and their values over depth.
+const SCALE = [
+  [0, "#4169e1"],
+  [0.5, "#c0429a"],
+  [1, "#ee8a12"],
+];
+const coarse = matchMedia("(pointer: coarse)").matches;
+const narrow = matchMedia("(max-width: 760px)");
+// On a narrow page the buttons would lie on the legend.
+const config = () => ({
+  displaylogo: false,
+  responsive: true,
+  displayModeBar: narrow.matches ? false : "hover",
+  modeBarButtons: [["toImage", "resetScale2d"]],
+});
+
+function colours() {
+  const style = getComputedStyle(document.documentElement);
+  const names = ["surface", "line", "grid", "text", "quiet", "dyt", "norm"];
+  return Object.fromEntries(
+    names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]),
+  );
+}
+
+function axis(title, more) {
+  const { line, grid, quiet } = colours();
+  return {
+    title: { text: title, standoff: 8, font: { size: 13 } },
+    tickfont: { size: 12 },
+    gridcolor: grid,
+    linecolor: line,
+    zerolinecolor: line,
+    tickcolor: line,
+    ticks: "outside",
+    ticklen: 4,
+    automargin: true,
+    color: quiet,
+    exponentformat: "power",
+    ...more,
+  };
+}
+
+function layout(x, y, more) {
+  const { surface, text, line } = colours();
+  return {
+    paper_bgcolor: surface,
+    plot_bgcolor: surface,
+    margin: { l: 56, r: 12, t: 30, b: 44 },
+    font: { family: getComputedStyle(document.documentElement).fontFamily, size: 13, color: text },
+    hoverlabel: { bgcolor: surface, bordercolor: line, font: { color: text }, align: "left" },
+    legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom" },
+    dragmode: coarse ? false : "zoom",
+    hovermode: "closest",
+    xaxis: x,
+    yaxis: y,
+    ...more,
+  };
+}
+
+// A logarithmic axis, with ticks at 1, 2 and 5, where the values span more than a factor of 20.
+function span(values) {
+  const found = values.map(number).filter((value) => Number.isFinite(value) && value > 0);
+  const [low, high] = [Math.min(...found), Math.max(...found)];
+  if (!(high > 20 * low)) return { rangemode: "tozero" };
+  const decades = Array.from({ length: 40 }, (_, place) => 10 ** (place - 20));
+  const steps = Math.log10(high / low) > 3 ? [1] : [1, 2, 5];
+  const ticks = decades
+    .flatMap((decade) => steps.map((step) => step * decade))
+    .filter((tick) => tick > low / 5 && tick < high * 5);
+  return { type: "log", tickvals: ticks, ticktext: ticks.map(significant), minor: { ticks: "" } };
+}
+
+function drawCost() {
+  const { attempts, budget, metric, converted, error, standard_error: deviation } = data.cost;
+  const { dyt, quiet, norm } = colours();
+  const best = new Map(); // the smallest error of each number of sites
+  for (const [count, missed] of attempts)
+    if (known(missed)) best.set(count, Math.min(missed, best.get(count) ?? missed));
+  const counts = [...best.keys()].sort((a, b) => a - b);
+  const traces = [
+    {
+      mode: "lines",
+      x: counts,
+      y: counts.map((count) => best.get(count)),
+      line: { color: quiet, width: 1 },
+      showlegend: false,
+      hoverinfo: "skip",
+    },
+    {
+      name: "tried",
+      mode: "markers",
+      x: attempts.map(([count]) => count),
+      y: attempts.map(([, missed]) => number(missed)),
+      marker: { color: quiet, size: 8, opacity: 0.75 },
+      hovertemplate: "%{x} converted: %{y:.3g}<extra>tried, plan samples</extra>",
+    },
+    {
+      name: "taken",
+      mode: "markers",
+      x: [converted],
+      y: [number(error)],
+      error_y: { type: "data", array: [number(deviation)], color: dyt, thickness: 1.5 },
+      marker: { color: dyt, size: 12, symbol: "diamond" },
+      hovertemplate: "%{x} converted: %{y:.3g}<extra>taken, report samples</extra>",
+    },
+  ];
+  const total = sites.length;
+  if (known(budget)) {
+    traces.push({
+      name: "budget",
+      mode: "lines",
+      x: [-total, 2 * total],
+      y: [budget, budget],
+      hoverinfo: "skip",
+      line: { color: norm, dash: "dash", width: 1.5 },
+    });
+  }
+  const x = axis("converted sites", {
+    range: [-0.04 * total - 0.3, 1.04 * total + 0.3],
+    tickformat: "d",
+    zeroline: false,
+  });
+  const y = axis(`${metric} error`, span([...attempts.map(([, missed]) => missed), error]));
+  Plotly.react("cost", traces, layout(x, y), config());
+}
+
+// A series over sites in execution order; hollow where the site keeps its norm.
+function overDepth(name, values, colour, symbol, solid) {
+  const places = sites.map((_, place) => place).filter((place) => known(values[place]));
+  return {
+    name,
+    mode: "markers",
+    x: places.map((place) => place + 1),
+    y: places.map((place) => number(values[place])),
+    customdata: places.map((place) => plain(sites[place].name)),
+    hovertemplate: `%{customdata}<br>${name} %{y:.3g}<extra></extra>`,
+    marker: {
+      color: colour,
+      size: sites.length > 60 ? 6 : 9,
+      symbol: places.map((place) => symbol + (solid(place) ? "" : "-open")),
+    },
+  };
+}
+
+function drawDepth(id, title, traces) {
+  const total = sites.length;
+  const x = axis("site", {
+    range: [1 - 0.03 * total - 0.2, total + 0.03 * total + 0.2],
+    tickformat: "d",
+    zeroline: false,
+  });
+  const legend = { showlegend: traces.filter((trace) => trace.x.length).length > 1 };
+  const values = traces.flatMap((trace) => trace.y);
+  Plotly.react(
+    id,
+    traces.filter((trace) => trace.x.length),
+    layout(x, axis(title, span(values)), legend),
+    config(),
+  );
+  const plot = byId(id);
+  plot.removeAllListeners("plotly_click");
+  plot.on("plotly_click", (event) => select(event.points[0].x - 1, true));
+}
+
+const alphas = sites.map((site, place) => site.alpha ?? data.scatters[place]?.fit?.alpha ?? null);
+const isDyt = (place) => sites[place].now === "DyT";
+
+function split(name, values, chosen, colour) {
+  return overDepth(
+    name,
+    values.map((value, place) => (chosen(place) ? value : null)),
+    colour,
+    "circle",
+    isDyt,
+  );
+}
+
+function drawCharts() {
+  const { dyt, norm, quiet } = colours();
+  const kept = (place) => !isDyt(place);
+  const alone = sites.map((site) => site.sensitivity);
+  const middle = sites.map((site) => site.sigma_median);
+  const largest = sites.map((site) =>
+    known(site.sigma_median) && known(site.sigma_peak) ? site.sigma_median * site.sigma_peak : null,
+  );
+  const parts = {
+    cost: [data.cost?.attempts.length > 1, drawCost],
+    alone: [
+      alone.some(known),
+      () =>
+        drawDepth("alone", `${data.cost?.metric} error`, [
+          split("DyT", alone, isDyt, dyt),
+          split("norm", alone, kept, norm),
+        ]),
+    ],
+    alpha: [
+      alphas.some(known),
+      () =>
+        drawDepth("alpha", "α", [
+          split("DyT", alphas, isDyt, dyt),
+          split("norm", alphas, kept, norm),
+        ]),
+    ],
+    sigma: [
+      middle.some(known),
+      () =>
+        drawDepth("sigma", "σ", [
+          overDepth("median", middle, dyt, "circle", () => true),
+          overDepth("largest", largest, quiet, "triangle-up", () => true),
+        ]),
+    ],
+  };
+  for (const [name, [possible, draw]] of Object.entries(parts)) {
+    if (possible) draw();
+    else document.querySelector(`[data-needs=${name}]`)?.remove();
+  }
+  byId("charts").hidden = !byId("charts").childElementCount;
+}
