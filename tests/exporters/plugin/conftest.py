@@ -74,9 +74,11 @@ def for_host(nvcc: Path, headers: Path) -> Callable[..., None]:
         [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False
     ).stderr
     (root,) = re.findall(r'INCLUDES="-I(\S+?)"', toolkit)[:1]
+    # -Bsymbolic: the stub is taken even where a test before this one loaded CUDA's own runtime.
     command = [
-        compiler, "-shared", "-fPIC", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror",
-        "-Wno-unknown-pragmas", "-include", str(CPP / "emulation.h"), f"-I{SOURCES}",
+        compiler, "-shared", "-fPIC", "-Wl,-Bsymbolic", "-std=c++17", "-O1",
+        "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+        "-include", str(CPP / "emulation.h"), f"-I{SOURCES}",
         "-isystem", root, "-isystem", f"{root}/cccl", "-isystem", str(headers), "-x", "c++",
         str(CPP / "runtime.cpp"),
     ]  # fmt: skip

@@ -152,7 +152,7 @@ def test_sources_are_beside_the_module() -> None:
     assert {path.name for path in SOURCES.glob("*.cu*")} == {
         "core.cuh", "kernel.cuh", "launch.cuh", "plugin.cu"
     }  # fmt: skip
-    assert (SOURCES / "forms.h").is_file()
+    assert {path.name for path in SOURCES.glob("*.h")} == {"forms.h", "plugin.h"}
 
 
 def test_wheel_ships_the_sources(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_wheel_ships_the_sources(tmp_path: Path) -> None:
         pytest.skip("not run from the sources")
     (wheel,) = builders.WheelBuilder(str(root)).build(directory=str(tmp_path))
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("core.cuh", "kernel.cuh", "launch.cuh", "forms.h", "plugin.cu"):
+    for name in ("core.cuh", "kernel.cuh", "launch.cuh", "forms.h", "plugin.h", "plugin.cu"):
         assert f"dyt_compile/exporters/plugin/{name}" in names
 
 

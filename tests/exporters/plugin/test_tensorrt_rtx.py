@@ -98,6 +98,7 @@ def model(
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm89", "sm120"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("output_dtype", OUTPUTS, ids=OUTPUTS.values())
