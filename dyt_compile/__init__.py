@@ -22,6 +22,7 @@ __all__ = [
     "export_onnx",
     "fold",
     "inspect",
+    "recover",
     "write_report",
 ]
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .errors import DytCompileError
     from .exporters.onnx import export_onnx
     from .passes.fold import Folded
+    from .recovery import recover
     from .report import Report
     from .report.writing import write_report
     from .sites import Match, NormKind, NormSite, Refusal
@@ -54,6 +56,7 @@ _HOMES = {
     "export_onnx": "exporters.onnx",
     "fold": "compiler",
     "inspect": "compiler",
+    "recover": "recovery",
     "write_report": "report.writing",
 }
 

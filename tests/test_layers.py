@@ -18,7 +18,18 @@ ROOT = Path(dyt_compile.__file__).parent
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress"),
-    ("terms", "batches", "files", "fits", "metrics", "nn", "huggingface", "scatter"),
+    (
+        "terms",
+        "batches",
+        "files",
+        "fits",
+        "metrics",
+        "nn",
+        "huggingface",
+        "scatter",
+        "losses",
+        "checkpoints",
+    ),
     ("sites", "proof", "calibration", "channels", "constants", "producers", "views"),
     # a model as a graph, and what runs it
     ("graphs", "runtime"),
@@ -28,6 +39,7 @@ LAYERS = (
     ("exporters", "backends"),
     ("report", "trials"),
     ("compiler",),
+    ("recovery",),
     ("cli", "__main__"),
 )
 """Lowest first. A module, or all modules of a folder, may import its own layer and those below."""
@@ -35,6 +47,7 @@ LAYERS = (
 TORCH_AT_THE_TOP = {
     "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo", "graphs.fx",
     "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
+    "graphs.fx_training", "losses", "checkpoints", "passes.recover",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt"}
 APART = ("passes",)
