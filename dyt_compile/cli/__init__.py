@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import convert, inspect, verify
+from . import convert, inspect, recover, verify
 
 __all__ = ["app", "main"]
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
+app.command("recover")(recover.recover)
 app.command("verify")(verify.verify)
 
 

@@ -34,8 +34,9 @@ from ..terms import Value
 __all__ = ["Lesson", "Limit", "Recovered", "recover"]
 
 BATCH_SAMPLES = 32
-BLOCKWISE = 0.2
-"""The share of a run that learns block by block."""
+BLOCKWISE = 0.05
+"""The share of a run that learns block by block. On the digits ViT, 250 steps, more did not pay: a
+fifth ended at an error of .116, none at .113. Not measured on models of many blocks."""
 
 TICKS = 100
 EVERY = 5
