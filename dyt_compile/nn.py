@@ -6,6 +6,7 @@ through them, so Inductor fuses them with their neighbours, while an exported gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from .dyt import DOMAIN, FORMS, Form
 
-__all__ = ["operator", "parameter"]
+__all__ = ["decompositions", "operator", "parameter"]
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -51,12 +52,8 @@ def derf(
 
 
 _library = torch.library.Library(DOMAIN, "DEF")
-for _name, _function in (
-    ("DyT", dyt),
-    ("DyTScale", dyt_scale),
-    ("DyTBare", dyt_bare),
-    ("Derf", derf),
-):
+_FUNCTIONS = {"DyT": dyt, "DyTScale": dyt_scale, "DyTBare": dyt_bare, "Derf": derf}
+for _name, _function in _FUNCTIONS.items():
     _inputs = ", ".join(f"Tensor {name}" for name in ("x", *FORMS[_name].parameters))
     _library.define(f"{_name}({_inputs}) -> Tensor")
     _library.impl(_name, _function, "CompositeImplicitAutograd")
@@ -67,6 +64,11 @@ def operator(form: Form) -> torch._ops.OpOverload:
     packet = getattr(getattr(torch.ops, DOMAIN), form.name)
     overload: torch._ops.OpOverload = packet.default
     return overload
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., torch.Tensor]]:
+    """Each operator with its formula in operators of torch, for `run_decompositions`."""
+    return {operator(FORMS[name]): function for name, function in _FUNCTIONS.items()}
 
 
 def parameter(

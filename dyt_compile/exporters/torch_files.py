@@ -46,7 +46,9 @@ def export_torch(result: Conversion, path: str | Path) -> Path:
 def _save_program(graph: Any, path: Path) -> None:
     import torch
 
-    torch.export.save(graph.program().run_decompositions({}), path)
+    from ..nn import decompositions
+
+    torch.export.save(graph.program().run_decompositions(decompositions()), path)
     program = torch.export.load(path).module(check_guards=False)
     with torch.no_grad():
         expected = graph.model(*graph.args, **graph.kwargs)
