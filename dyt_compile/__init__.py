@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "backend",
     "convert",
+    "convert_for_training",
     "export_onnx",
     "fold",
     "inspect",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .report import Report
     from .report.writing import write_report
     from .sites import Match, NormKind, NormSite, Refusal
+    from .training import convert_for_training
 
 _HOMES = {
     "Calibration": "calibration",
@@ -53,6 +55,7 @@ _HOMES = {
     "Report": "report",
     "backend": "backends",
     "convert": "compiler",
+    "convert_for_training": "training",
     "export_onnx": "exporters.onnx",
     "fold": "compiler",
     "inspect": "compiler",

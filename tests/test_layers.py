@@ -30,7 +30,7 @@ LAYERS = (
         "losses",
         "checkpoints",
     ),
-    ("sites", "proof", "calibration", "channels", "constants", "producers", "views"),
+    ("sites", "proof", "calibration", "channels", "constants", "producers", "views", "training"),
     # a model as a graph, and what runs it
     ("graphs", "runtime"),
     # the user's samples as native values of a graph
@@ -47,7 +47,7 @@ LAYERS = (
 TORCH_AT_THE_TOP = {
     "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo", "graphs.fx",
     "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
-    "graphs.fx_training", "losses", "checkpoints", "passes.recover",
+    "graphs.fx_training", "losses", "checkpoints", "passes.recover", "training",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt"}
 APART = ("passes",)
