@@ -53,7 +53,12 @@ def derf(
 
 
 _library = torch.library.Library(DOMAIN, "DEF")
-_FUNCTIONS = {"DyT": dyt, "DyTScale": dyt_scale, "DyTBare": dyt_bare, "Derf": derf}
+_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "DyT": dyt,
+    "DyTScale": dyt_scale,
+    "DyTBare": dyt_bare,
+    "Derf": derf,
+}
 for _name, _function in _FUNCTIONS.items():
     _inputs = ", ".join(f"Tensor {name}" for name in ("x", *FORMS[_name].parameters))
     _library.define(f"{_name}({_inputs}) -> Tensor")
@@ -104,6 +109,11 @@ class DynamicTanh(torch.nn.Module):
     alpha and shift are float32, or float64 where `dtype` is. Raises OptionError.
     """
 
+    alpha: torch.nn.Parameter | None
+    shift: torch.nn.Parameter | None
+    gamma: torch.nn.Parameter | None
+    beta: torch.nn.Parameter | None
+
     def __init__(
         self,
         width: int,
@@ -117,14 +127,9 @@ class DynamicTanh(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if squash not in tuple(SQUASHES):
-            raise OptionError(f"squash is {squash!r}; allowed: {', '.join(SQUASHES)}")
-        if not isinstance(width, int) or width < 1:
-            raise OptionError(f"width is {width!r}; allowed: a whole number, 1 or above")
-        if alpha is not None and not float(alpha) > 0:
-            raise OptionError(f"alpha is {alpha!r}; allowed: a number above 0, or None")
+        _check(width, alpha, squash)
         self.width, self.squash = width, squash
-        own = dtype or torch.get_default_dtype()
+        own = torch.get_default_dtype() if dtype is None else dtype
         wide = torch.promote_types(own, torch.float32)
         shape = (width, *(1 for _ in range(spatial_axes)))
 
@@ -153,3 +158,13 @@ class DynamicTanh(torch.nn.Module):
     def extra_repr(self) -> str:
         """Width and function, as torch prints them."""
         return f"{self.width}, squash={self.squash!r}"
+
+
+def _check(width: Any, alpha: Any, squash: Any) -> None:
+    """Raise OptionError for what DynamicTanh does not take."""
+    if squash not in tuple(SQUASHES):
+        raise OptionError(f"squash is {squash!r}; allowed: {', '.join(SQUASHES)}")
+    if not isinstance(width, int) or width < 1:
+        raise OptionError(f"width is {width!r}; allowed: a whole number, 1 or above")
+    if alpha is not None and not float(alpha) > 0:
+        raise OptionError(f"alpha is {alpha!r}; allowed: a number above 0, or None")

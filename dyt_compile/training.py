@@ -77,8 +77,7 @@ def convert_for_training(
 
     Raises OptionError where there is no norm, and for values that are not allowed.
     """
-    if alpha != "auto" and (isinstance(alpha, str) or not isinstance(alpha, Real) or alpha <= 0):
-        raise OptionError(f"alpha is {alpha!r}; allowed: 'auto', or a number above 0")
+    _check_alpha(alpha)
     if squash not in tuple(SQUASHES):
         raise OptionError(f"squash is {squash!r}; allowed: {', '.join(SQUASHES)}")
     changed = copy.deepcopy(model)
@@ -104,6 +103,11 @@ def convert_for_training(
         path, held = embedding
         _put(changed, path, ScaledEmbedding(held))
     return changed
+
+
+def _check_alpha(alpha: Any) -> None:
+    if alpha != "auto" and (not isinstance(alpha, Real) or not float(alpha) > 0):
+        raise OptionError(f"alpha is {alpha!r}; allowed: 'auto', or a number above 0")
 
 
 @dataclass(frozen=True)
