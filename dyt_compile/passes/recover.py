@@ -39,10 +39,10 @@ BLOCKWISE = 0.05
 fifth ended at an error of .116, none at .113. Not measured on models of many blocks."""
 
 TICKS = 100
-EVERY = 5
+EVERY = 10
 """Ticks between two evaluations on held-out samples, each of which is followed by a checkpoint."""
 
-PATIENCE = 8
+PATIENCE = 5
 """Evaluations without a better one before the run ends. The rate falls until the end, and the
 error with it, so that a run which is no longer the best for a while is none to stop."""
 
