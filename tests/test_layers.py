@@ -18,19 +18,9 @@ ROOT = Path(dyt_compile.__file__).parent
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress"),
-    (
-        "terms",
-        "batches",
-        "files",
-        "fits",
-        "metrics",
-        "nn",
-        "huggingface",
-        "scatter",
-        "losses",
-        "checkpoints",
-    ),
-    ("sites", "proof", "calibration", "channels", "constants", "producers", "views", "training"),
+    ("terms", "batches", "files", "fits", "metrics", "nn", "huggingface", "scatter"),
+    ("sites", "proof", "calibration", "channels", "constants", "producers", "views"),
+    ("checkpoints", "losses", "training"),
     # a model as a graph, and what runs it
     ("graphs", "runtime"),
     # the user's samples as native values of a graph
