@@ -9,20 +9,25 @@ __all__ = [
     "Calibration",
     "Conversion",
     "DytCompileError",
+    "EngineReport",
     "Folded",
     "InductorPass",
     "Match",
     "NormKind",
     "NormSite",
+    "PluginInfo",
     "Refusal",
     "Report",
     "__version__",
     "backend",
+    "build_engine",
+    "build_plugin",
     "convert",
     "convert_for_training",
     "export_onnx",
     "fold",
     "inspect",
+    "plugin_info",
     "recover",
     "write_report",
 ]
@@ -34,7 +39,10 @@ if TYPE_CHECKING:
     from .calibration import Calibration
     from .compiler import Conversion, convert, fold, inspect
     from .errors import DytCompileError
+    from .exporters.engine_report import EngineReport
     from .exporters.onnx import export_onnx
+    from .exporters.plugin.build import PluginInfo, build_plugin, plugin_info
+    from .exporters.tensorrt import build_engine
     from .passes.fold import Folded
     from .recovery import recover
     from .report import Report
@@ -46,19 +54,24 @@ _HOMES = {
     "Calibration": "calibration",
     "Conversion": "compiler",
     "DytCompileError": "errors",
+    "EngineReport": "exporters.engine_report",
     "Folded": "passes.fold",
     "InductorPass": "backends",
     "Match": "sites",
     "NormKind": "sites",
     "NormSite": "sites",
+    "PluginInfo": "exporters.plugin.build",
     "Refusal": "sites",
     "Report": "report",
     "backend": "backends",
+    "build_engine": "exporters.tensorrt",
+    "build_plugin": "exporters.plugin.build",
     "convert": "compiler",
     "convert_for_training": "training",
     "export_onnx": "exporters.onnx",
     "fold": "compiler",
     "inspect": "compiler",
+    "plugin_info": "exporters.plugin.build",
     "recover": "recovery",
     "write_report": "report.writing",
 }

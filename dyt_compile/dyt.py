@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,13 @@ import numpy.typing as npt
 __all__ = [
     "DOMAIN",
     "FORMS",
+    "FUSED",
     "PARAMETERS",
     "VERSION",
     "DytParameters",
     "Form",
     "evaluate",
+    "fused_name",
     "initial_alpha",
 ]
 
@@ -35,15 +37,34 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Form:
-    """One operator: which parameters follow x, and which function squashes.
+    """One operator: which parameters follow x, which function squashes, what is fused with it.
 
     All inputs are required. alpha and shift are float32 of shape [1] or [C]; gamma and beta have
     the dtype of x and any shape that broadcasts against it.
+
+    residual: x + residual, of one shape and dtype, takes the place of x, and is a second output.
+    quantized: y is rounded to INT8 or FP8 E4M3 as y / y_scale, with zero point 0; y_scale is
+    float32 of shape [] or [1]. base: the form without the two.
     """
 
     name: str
     parameters: tuple[str, ...]
     squash: str  # "tanh" or "erf"
+    residual: bool = False
+    quantized: bool = False
+    base: str = ""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of all inputs, in order."""
+        residual = ("residual",) if self.residual else ()
+        scale = ("y_scale",) if self.quantized else ()
+        return ("x", *residual, *self.parameters, *scale)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of all outputs, in order."""
+        return ("y", "sum") if self.residual else ("y",)
 
 
 FORMS = {
@@ -55,6 +76,20 @@ FORMS = {
         Form("Derf", ("alpha", "shift", "gamma", "beta"), "erf"),
     )
 }
+
+
+def fused_name(base: str, *, residual: bool, quantized: bool) -> str:
+    """The name of a form together with the Add before it and the QuantizeLinear behind it."""
+    return f"{'Add' if residual else ''}{base}{'Quantize' if quantized else ''}"
+
+
+FUSED = {
+    name: replace(form, name=name, residual=residual, quantized=quantized, base=form.name)
+    for form in FORMS.values()
+    for residual, quantized in ((True, False), (False, True), (True, True))
+    for name in (fused_name(form.name, residual=residual, quantized=quantized),)
+}
+"""Forms of ONNX files alone, where a plugin computes in one kernel what stands around a DyT."""
 
 PARAMETERS = ("alpha", "shift", "gamma", "beta")
 

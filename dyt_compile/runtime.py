@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from .dyt import DOMAIN
 from .errors import CaptureError, DataError, MissingDependencyError, OptionError, first_line
+from .graphs.onnx_fusion import unfuse
 from .graphs.onnx_precision import holds, surface, widen
 
-__all__ = ["PROVIDERS", "Session"]
+__all__ = ["PROVIDERS", "Session", "as_plugins", "parse_provider", "provider_options"]
 
 Array = npt.NDArray[Any]
 BFLOAT16 = ir.DataType.BFLOAT16
@@ -28,10 +30,17 @@ FATAL = 4
 
 CPU = "CPUExecutionProvider"
 
-PROVIDERS = {
-    "cpu": [CPU],
-    "cuda": ["CUDAExecutionProvider", CPU],
-    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", CPU],
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+
+PROVIDERS = {"cpu": [CPU], "cuda": [CUDA, CPU], "tensorrt": [TENSORRT, CUDA, CPU]}
+"""What runs a model, the first that can; written "tensorrt:LIBRARY", with a library of plugins."""
+
+PLUGIN_DOMAIN = "trt.plugins"
+"""Where ONNX Runtime's TensorRT provider expects the plugins of a library."""
+
+PROVIDER_OPTIONS = {
+    CUDA: {"use_tf32": "0"},  # it rounds what float32 products read to 10 bits
 }
 
 
@@ -50,20 +59,26 @@ class Session:
             raise MissingDependencyError("onnxruntime", "cpu")
         import onnxruntime
 
-        wanted = _available(provider, onnxruntime.get_available_providers())
+        name, library = parse_provider(provider)
+        wanted = _available(name, onnxruntime.get_available_providers())
         options = onnxruntime.SessionOptions()
         options.log_severity_level = FATAL  # its errors are raised, its warnings are its own
         self._narrow: set[str] = set()
         loaded = ir.load(model) if isinstance(model, Path) else model
         widened = holds(loaded, BFLOAT16)
-        if widened:
+        changed = widened or library is not None
+        if changed:
             loaded = loaded.clone()
+        if widened:
             self._widen(loaded, on_cpu=wanted[0] == CPU)
+        if library is not None:
+            as_plugins(loaded)
         with tempfile.TemporaryDirectory(prefix="dyt-compile-") as folder:
-            unchanged = isinstance(model, Path) and not widened
+            unchanged = isinstance(model, Path) and not changed
             source = str(model) if unchanged else _source(loaded, Path(folder))
+            providers = [(each, provider_options(each, library)) for each in wanted]
             try:
-                self._session = onnxruntime.InferenceSession(source, options, providers=wanted)
+                self._session = onnxruntime.InferenceSession(source, options, providers=providers)
             except Exception as error:
                 raise CaptureError(
                     f"ONNX Runtime does not take the model: {first_line(error)}"
@@ -95,7 +110,47 @@ class Session:
         }
         surface(model, BFLOAT16, outside=BFLOAT16)
         if on_cpu:
+            unfuse(model)  # the Add of a fused form is one of the kernels that are missing
             widen(model, BFLOAT16)
+
+
+def parse_provider(provider: str) -> tuple[str, Path | None]:
+    """The name of a provider, and the library of plugins that follows "tensorrt:".
+
+    Raises OptionError for another name, a library of another provider, and one that is no file.
+    """
+    name, colon, rest = str(provider).partition(":")
+    if name not in PROVIDERS:
+        raise OptionError(f"provider is {provider!r}; allowed: {', '.join(PROVIDERS)}")
+    if not colon:
+        return name, None
+    if name != "tensorrt":
+        raise OptionError(f"provider is {provider!r}; a library follows 'tensorrt:' alone")
+    if not Path(rest).is_file():
+        raise OptionError(f"provider is {provider!r}; its plugin library does not exist")
+    return name, Path(rest).absolute()
+
+
+def provider_options(name: str, library: Path | None) -> dict[str, str]:
+    """Options of one of ONNX Runtime's providers, with a library of TensorRT plugins or none."""
+    options = dict(PROVIDER_OPTIONS.get(name, {}))
+    if name == TENSORRT and library is not None:
+        options["trt_extra_plugin_lib_paths"] = str(library)
+    return options
+
+
+def as_plugins(model: ir.Model) -> None:
+    """Call every DyT as a plugin of ONNX Runtime's TensorRT provider instead of its function.
+
+    It inlines functions, and knows a library's plugins in a domain of its own alone.
+    """
+    for node in model.graph.all_nodes():
+        if node.domain == DOMAIN:
+            node.domain = PLUGIN_DOMAIN
+    for identifier in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[identifier]
+    if model.opset_imports.pop(DOMAIN, None) is not None:
+        model.opset_imports[PLUGIN_DOMAIN] = 1
 
 
 def _source(model: ir.Model, folder: Path) -> str | bytes:
@@ -110,8 +165,6 @@ def _source(model: ir.Model, folder: Path) -> str | bytes:
 
 
 def _available(provider: str, available: Sequence[str]) -> list[str]:
-    if provider not in PROVIDERS:
-        raise OptionError(f"provider is {provider!r}; allowed: {', '.join(PROVIDERS)}")
     wanted = PROVIDERS[provider]
     if wanted[0] not in available:
         raise OptionError(

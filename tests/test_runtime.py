@@ -16,7 +16,9 @@ import onnx_ir as ir
 import pytest
 
 from dyt_compile import runtime
+from dyt_compile.dyt import FORMS
 from dyt_compile.errors import CaptureError, DataError, MissingDependencyError, OptionError
+from dyt_compile.graphs import onnx_functions
 from dyt_compile.runtime import Session
 
 pytest.importorskip("onnxruntime")
@@ -231,3 +233,64 @@ def test_batch_that_does_not_fit_is_refused(x: npt.NDArray[np.float32]) -> None:
     with pytest.raises(DataError, match="the model cannot run on a batch: ") as raised:
         session.run([x, PLACES])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("provider", "expected"),
+    [
+        ("tpu", r"^provider is 'tpu'; allowed: cpu, cuda, tensorrt$"),
+        ("cpu:lib.so", r"^provider is 'cpu:lib.so'; a library follows 'tensorrt:' alone$"),
+        ("tensorrt:nix.so", r"^provider is 'tensorrt:nix.so'; its plugin library does not exist$"),
+    ],
+)
+def test_provider_that_is_none_is_named(provider: str, expected: str) -> None:
+    with pytest.raises(OptionError, match=expected):
+        runtime.parse_provider(provider)
+
+
+def test_provider_options_hold_the_plugin_library_for_tensorrt_alone(tmp_path: Path) -> None:
+    library = tmp_path / "libdyt_plugin.so"
+    library.touch()
+    assert runtime.parse_provider(f"tensorrt:{library}") == ("tensorrt", library)
+    assert runtime.parse_provider("cuda") == ("cuda", None)
+    names = runtime.PROVIDERS["tensorrt"]
+    options = [runtime.provider_options(name, library) for name in names]
+    assert options == [{"trt_extra_plugin_lib_paths": str(library)}, {"use_tf32": "0"}, {}]
+    assert runtime.provider_options(names[0], None) == {}
+
+
+def test_session_options_are_taken_by_a_provider_that_is_there() -> None:
+    import onnxruntime
+
+    session = Session(_linear("float"))._session
+    assert isinstance(session, onnxruntime.InferenceSession)
+    assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_dyt_becomes_a_plugin_of_the_tensorrt_provider() -> None:
+    x = ir.Value(name="x", shape=ir.Shape([2, 3]), type=ir.TensorType(ir.DataType.FLOAT))
+    alpha = ir.Value(name="alpha", const_value=ir.tensor(np.ones(1, np.float32), name="alpha"))
+    node = onnx_functions.call(FORMS["DyTBare"], [x, alpha], "y")
+    graph = ir.Graph(
+        [x], node.outputs, nodes=[node], initializers=[alpha], opset_imports={"": 20}, name="one"
+    )
+    model = ir.Model(graph, ir_version=9)
+    onnx_functions.declare(model)
+    runtime.as_plugins(model)
+    (called,) = model.graph
+    assert (called.domain, called.op_type) == ("trt.plugins", "DyTBare")
+    assert called.attributes["plugin_namespace"].as_string() == "dyt"
+    assert not model.functions
+    assert model.opset_imports == {"": 20, "trt.plugins": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_provider_on_a_gpu_computes_what_the_cpu_computes(provider: str) -> None:
+    import onnxruntime
+
+    if runtime.PROVIDERS[provider][0] not in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has no {provider} provider")
+    expected, _ = Session(_linear("float")).run([_input(), PLACES])
+    found, _ = Session(_linear("float"), provider).run([_input(), PLACES])
+    np.testing.assert_allclose(found, expected, atol=1e-5)

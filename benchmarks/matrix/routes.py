@@ -34,7 +34,7 @@ from dyt_compile.errors import first_line
 from dyt_compile.exporters.onnx import DEFAULT_OPSET, OnnxExport
 from dyt_compile.nn import operator
 from dyt_compile.passes.match import match
-from tests.exporters.rtx import network
+from tests.exporters.engines import profiles
 
 from .system import Inputs, System
 from .truth import Truth, WrongError, disagreement, miscounted, some, truth
@@ -47,7 +47,7 @@ SAMPLES, BATCHES = 2, 8
 TOLERANCE = 1e-4
 """Largest difference between two ways to compute a float32 model, relative to its output."""
 
-CAPABILITY = "SM89"
+TARGET = "sm89"
 
 
 class ClosedError(Exception):
@@ -305,10 +305,16 @@ def parity(subject: Subject) -> Cell:
 
 def engine(subject: Subject) -> Cell:
     """TensorRT-RTX builds an engine from the converted model's file; it needs no GPU for that."""
-    read = network(subject.portable.path, subject.folder, CAPABILITY)
-    if not read.parsed or not read.engine_bytes:
-        raise ClosedError(f"TensorRT-RTX: {read.errors[0] if read.errors else 'no engine'}")
-    return Cell(told=f"{read.engine_bytes / 1e6:.1f} MB")
+    path = subject.portable.path
+    with tool("build"):
+        report = dyt_compile.build_engine(
+            path,
+            subject.folder / "converted.plan",
+            runtime="tensorrt-rtx",
+            shapes=profiles(path),
+            target=TARGET,
+        )
+    return Cell(told=f"{report.bytes / 1e6:.1f} MB")
 
 
 def same(outputs: list[Tensor], wanted: list[Tensor]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import convert, inspect, recover, verify
+from . import bench, build, convert, inspect, plugin, recover, verify
 
 __all__ = ["app", "main"]
 
@@ -21,6 +21,9 @@ app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("recover")(recover.recover)
 app.command("verify")(verify.verify)
+app.command("build")(build.build)
+app.command("bench-gpu")(bench.bench_gpu)
+app.add_typer(plugin.app, name="plugin")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

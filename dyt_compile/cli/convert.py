@@ -13,7 +13,7 @@ from ..errors import OptionError
 from ..progress import reporting
 from ..report.terminal import fold_table, report_table
 from ..report.writing import check_target, write_report
-from .options import BatchSize, Data, Model, Provider, ProviderName, Reports, Verbose
+from .options import BatchSize, Data, Model, ProviderName, Reports, Verbose
 from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
 from .writing import check_out, write_model
@@ -73,7 +73,7 @@ def convert(
     dtype: Annotated[
         Dtype, typer.Option(help="Inside the exported model; its inputs and outputs stay.")
     ] = Dtype.fp32,
-    provider: ProviderName = Provider.cpu,
+    provider: ProviderName = "cpu",
     seed: Annotated[int, typer.Option(help="Of the split into fit, plan and report.")] = 0,
     report: Reports = None,
     calibration: Annotated[
@@ -81,6 +81,10 @@ def convert(
     ] = None,
     fold: Annotated[
         bool, typer.Option("--fold", help="Fold gamma, beta and scalars into weights (exact).")
+    ] = False,
+    fuse: Annotated[
+        bool,
+        typer.Option("--fuse", help="Add and QuantizeLinear around a DyT into its node (exact)."),
     ] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -90,8 +94,8 @@ def convert(
     norms are converted as keep the measured error within --max-error.
     """
     check_out(out)
-    if out.suffix != ".onnx" and (opset is not None or dtype is not Dtype.fp32):
-        raise OptionError(f"--opset and --dtype are of .onnx files; -o is {str(out)!r}")
+    if out.suffix != ".onnx" and (opset is not None or dtype is not Dtype.fp32 or fuse):
+        raise OptionError(f"--opset, --dtype and --fuse are of .onnx files; -o is {str(out)!r}")
     if calibration is not None and (data is None or mode is Mode.exact):
         raise OptionError("--calibration needs --data: mode exact fits nothing")
     for path in report or ():
@@ -108,11 +112,11 @@ def convert(
             example=source.example,
             exclude=tuple(exclude or ()),
             seed=seed,
-            provider=provider.value,
+            provider=provider,
             fold=fold,
         )
         written, told = write_model(
-            result, out, opset=opset, dtype=dtype.value, provider=provider.value
+            result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider
         )
     if calibration is not None and result.calibration is not None:
         result.calibration.save(calibration)

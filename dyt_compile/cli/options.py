@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["BatchSize", "Data", "Model", "Provider", "ProviderName", "Reports", "Verbose"]
+__all__ = ["BatchSize", "Data", "Model", "ProviderName", "Reports", "Verbose"]
 
 MODEL_HELP = (
     "An .onnx file, a .pt2 file, a Hugging Face folder, file.py:function or "
@@ -17,18 +16,15 @@ MODEL_HELP = (
 DATA_HELP = "An .npz file, a folder of them, or file.py:function yielding tuples or dicts."
 
 
-class Provider(str, Enum):
-    """Where ONNX Runtime computes."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-    tensorrt = "tensorrt"
-
-
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Data = Annotated[str | None, typer.Option(help=DATA_HELP, show_default=False)]
 BatchSize = Annotated[int, typer.Option(help="Samples a batch, for an .npz file.")]
-ProviderName = Annotated[Provider, typer.Option(help="Where ONNX Runtime computes.")]
+ProviderName = Annotated[
+    str,
+    typer.Option(
+        help="Where ONNX Runtime computes: cpu, cuda, tensorrt, or tensorrt:LIBRARY of plugins."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write JSON.", show_default=False)]
 Reports = Annotated[

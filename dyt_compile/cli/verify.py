@@ -10,7 +10,7 @@ from .. import compiler
 from ..errors import VerificationError
 from ..progress import reporting
 from .convert import Metric
-from .options import DATA_HELP, BatchSize, Model, Provider, ProviderName, Verbose
+from .options import DATA_HELP, BatchSize, Model, ProviderName, Verbose
 from .progress import TerminalReporter, console
 from .sources import load_data, load_model
 
@@ -27,7 +27,7 @@ def verify(
         str | None, typer.Option(help="The output to compare; default: the first float one.")
     ] = None,
     batch_size: BatchSize = 32,
-    provider: ProviderName = Provider.cpu,
+    provider: ProviderName = "cpu",
     verbose: Verbose = False,
 ) -> None:
     """Run A and B on the same data and compare; exit status 1 when the error is too large."""
@@ -40,7 +40,7 @@ def verify(
             metric=metric.value,
             output=output,
             examples=(first.example, second.example),
-            provider=provider.value,
+            provider=provider,
         )
     line = (
         f"{metric.value} error {measured.error:.4g} ± {measured.standard_error:.1g} "

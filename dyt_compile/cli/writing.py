@@ -26,16 +26,17 @@ def write_model(
     *,
     opset: int | None = None,
     dtype: str = "fp32",
+    fuse: bool = False,
     provider: str = "cpu",
 ) -> tuple[OnnxExport | None, str]:
     """Write the file; what the ONNX exporter says of it, and one line that tells what was written.
 
-    opset, dtype and provider are of ONNX files.
+    opset, dtype, fuse and provider are of ONNX files.
     """
     if out.suffix in SUFFIXES:
         written = export_torch(result, out)
         return None, f"wrote {written}: {written.stat().st_size / 1e6:.1f} MB"
-    exported = export_onnx(result, out, opset=opset, dtype=dtype, provider=provider)
+    exported = export_onnx(result, out, opset=opset, dtype=dtype, fuse=fuse, provider=provider)
     checked = (
         "not run: no data"
         if exported.export_error is None

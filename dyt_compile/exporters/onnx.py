@@ -24,7 +24,7 @@ from ..errors import (
     first_line,
 )
 from ..files import replaced
-from ..graphs import onnx_functions
+from ..graphs import onnx_functions, onnx_fusion
 from ..graphs.onnx import OnnxGraph
 from ..graphs.onnx_precision import NARROW, holds, narrow
 from ..graphs.onnx_prepare import restore
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..compiler import Conversion
     from ..graphs.fx import FxGraph
 
-__all__ = ["OnnxExport", "export_onnx"]
+__all__ = ["OnnxExport", "export_onnx", "write"]
 
 OPSETS = range(18, 24)
 """Opsets that torch's exporter and ONNX Runtime both take."""
@@ -68,14 +68,17 @@ def export_onnx(
     *,
     opset: int | None = None,
     dtype: str = "fp32",
+    fuse: bool = False,
     provider: str = "cpu",
 ) -> OnnxExport:
     """Write a converted model as an ONNX file in which every DyT is a `dyt` function.
 
     opset: 18 to 23; by default 20, or the file's own where the model came from ONNX. dtype:
     "fp16" or "bf16" inside the model, whose inputs and outputs keep their types and names;
-    alpha stays float32. By default nothing is narrowed. Above 1.8 GB the weights go to
-    `<name>.data` beside the file.
+    alpha stays float32. By default nothing is narrowed. fuse: an Add before a DyT and a
+    QuantizeLinear behind it become part of its node (exact; see `graphs/onnx_fusion.py`), which
+    pays where TensorRT has our plugin for it. Above 1.8 GB the weights go to `<name>.data` beside
+    the file.
 
     The file is run beside the converted model on one batch. On a CPU that does not show where fp16
     overflows: ONNX Runtime computes fp16 there in float32 and rounds between some nodes only.
@@ -96,6 +99,8 @@ def export_onnx(
     _forget_the_machine(model)
     if dtype in NARROW:
         narrow(model, NARROW[dtype], _kept_norms(model))
+    if fuse:
+        onnx_fusion.fuse(model)
     restore(model)
     dtype = next((name for name, narrow_type in NARROW.items() if holds(model, narrow_type)), dtype)
     with replaced(target) as temporary:
@@ -230,13 +235,18 @@ def _all_values(model: ir.Model) -> list[ir.Value]:
     return [*model.graph.inputs, *made]
 
 
-def _save(model: ir.Model, path: Path) -> int:
-    """Write the model; bytes of the file and of the weights beside it."""
+def write(model: ir.Model, path: Path) -> None:
+    """Write a model as a file of its own, large weights in another beside it."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     external = f"{path.name}.data" if weights > EMBEDDED_BYTES else None
     if external is None:
         ir.external_data.load_to_model(model)  # the weights may lie beside the file it came from
     ir.save(model, path, external_data=external)
+
+
+def _save(model: ir.Model, path: Path) -> int:
+    """Write the model, checked; bytes of the file and of the weights beside it."""
+    write(model, path)
     try:
         with _operators_of_onnx_runtime():
             onnx.checker.check_model(str(path), full_check=True)

@@ -10,6 +10,7 @@ from ..dyt import DOMAIN
 from ..errors import CaptureError
 from .onnx_constants import stored
 from .onnx_fused import fuse_again, take_apart
+from .onnx_fusion import unfuse
 from .onnx_shapes import infer_shapes, restore_shapes
 
 __all__ = ["prepare", "restore"]
@@ -37,6 +38,7 @@ def prepare(model: ir.Model) -> None:
         )
     if any(function.domain != DOMAIN for function in model.functions.values()):
         common.InlinePass(lambda function: function.domain != DOMAIN)(model)
+    unfuse(model)
     take_apart(model)
     model.graph.sort()
     _correct_constants(model)

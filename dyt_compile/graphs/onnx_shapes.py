@@ -83,10 +83,23 @@ def _follow_numbers(model: ir.Model) -> None:
         numbers = _numbers(node)
         if not numbers and changed.isdisjoint(node.inputs):
             continue
-        for value, shape in _inferred(node, numbers, model):
+        for value, inferred in _inferred(node, numbers, model):
+            shape = _named(inferred, value.shape)
             if shape != value.shape:
                 value.shape = shape
                 changed.add(value)
+
+
+def _named(shape: ir.Shape, before: ir.Shape | None) -> ir.Shape:
+    """The shape, with the names that lengths had before where it has none for them."""
+    if before is None or before.rank() != shape.rank():
+        return shape
+    return ir.Shape(
+        [
+            new if isinstance(new, int) or new.value is not None else old
+            for new, old in zip(shape, before, strict=True)
+        ]
+    )
 
 
 def _is_fixed(value: ir.Value) -> bool:

@@ -46,7 +46,9 @@ def capture(
     Raises CaptureError if the model cannot be read or traced, OptionError for other types and for
     an unknown provider.
     """
-    _check_provider(provider)
+    from ..runtime import parse_provider
+
+    parse_provider(provider)  # of torch models too, which have no use for it
     if isinstance(model, (str, Path)) and is_folder(Path(model)):
         return _from_folder(Path(model), args, dict(kwargs or {}), batches, dynamic_shapes)
     if isinstance(model, (str, Path)):
@@ -64,13 +66,6 @@ def capture(
         f"model is a {kind}; allowed: nn.Module, ExportedProgram, GraphModule, onnx_ir.Model, "
         "or the path of an .onnx file, a .pt2 file or a Hugging Face folder"
     )
-
-
-def _check_provider(provider: str) -> None:
-    from ..runtime import PROVIDERS
-
-    if provider not in tuple(PROVIDERS):  # of torch models too, which have no use for it
-        raise OptionError(f"provider is {provider!r}; allowed: {', '.join(PROVIDERS)}")
 
 
 def _is_module(model: Any) -> bool:

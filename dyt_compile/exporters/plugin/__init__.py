@@ -1,0 +1,1 @@
+"""The TensorRT plugin: its CUDA C++ sources, and what compiles and describes them."""
