@@ -43,8 +43,8 @@ EVERY = 10
 """Ticks between two evaluations on held-out samples, each of which is followed by a checkpoint."""
 
 PATIENCE = 5
-"""Evaluations without a better one before the run ends. The rate falls until the end, and the
-error with it, so that a run which is no longer the best for a while is none to stop."""
+"""Evaluations without a better one before the run ends. The weights that came in do not count as
+one: from a good fit the error first rises, and falls below it only as the rate falls."""
 
 WARM_UP_STEPS = 20
 CLIP = 1.0
@@ -195,7 +195,7 @@ class _Run:
     @property
     def hopeless(self) -> bool:
         """Whether nothing became better for a while."""
-        errors = [error for _, error in self.curve]
+        errors = [error for _, error in self.curve[1:]]
         return len(errors) - 1 - _best_place(errors) >= PATIENCE
 
     def told(self) -> str:
