@@ -99,6 +99,7 @@ class Value:
     shape: None when unknown; an entry is None where the axis is dynamic.
     dtype: NumPy's name of the dtype ("float32", "bfloat16"), None when unknown.
     constant: computed from parameters and literals alone; parameter: a learned tensor itself.
+    fixed: the same, but for lengths of the model's inputs: a parameter, repeated for each sample.
     scalar: the value of a constant of one element, where it is known without loading weights.
     native: the object that the graph knows it by; None where the value lies inside one node.
     """
@@ -107,6 +108,7 @@ class Value:
         "constant",
         "consumers",
         "dtype",
+        "fixed",
         "name",
         "native",
         "parameter",
@@ -130,7 +132,7 @@ class Value:
         self.name = name
         self.shape = shape
         self.dtype = dtype
-        self.constant = constant
+        self.constant = self.fixed = constant
         self.parameter = parameter
         self.scalar = scalar
         self.producer: Term | None = None
@@ -191,6 +193,7 @@ class Term:
             value.consumers.append(self)
         if op is not Op.OPAQUE or self.operands:
             output.constant = all(value.constant for value in (*self.operands, *self.also))
+            output.fixed = all(value.fixed for value in self.operands)
         if output.constant and op in ELEMENTWISE:
             output.scalar = self._number()
 

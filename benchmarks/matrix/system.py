@@ -24,10 +24,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a norm: the module's path, with "#2" behind it at the second call."""
+    """One call of a norm: the module's path, with "#2" behind it at the second call.
+
+    kind: what a probe told of it, empty without one.
+    """
 
     name: str
     module: nn.Module
+    kind: str = ""
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -71,31 +75,45 @@ class System:
     idle: frozenset[str] = frozenset()
 
 
+Probe = Callable[[nn.Module, Any, Any, Any], str]
+"""A kind from a module, its arguments by place and by name, and its output."""
+
+
 def calls(
-    model: nn.Module, inputs: Inputs, wanted: Callable[[nn.Module], bool] = is_norm
+    model: nn.Module,
+    inputs: Inputs,
+    wanted: Callable[[nn.Module], bool] = is_norm,
+    probe: Probe | None = None,
 ) -> list[Call]:
     """The calls of the wanted modules in one forward pass, in order; meta tensors will do."""
     seen: list[Call] = []
-    with _hooked(model, wanted, seen), torch.no_grad():
+    with _hooked(model, wanted, probe, seen), torch.no_grad():
         model(*inputs.args, **inputs.kwargs)
     return seen
 
 
 @contextmanager
 def _hooked(
-    model: nn.Module, wanted: Callable[[nn.Module], bool], seen: list[Call]
+    model: nn.Module,
+    wanted: Callable[[nn.Module], bool],
+    probe: Probe | None,
+    seen: list[Call],
 ) -> Iterator[None]:
     count: Counter[str] = Counter()
 
     def hook(path: str) -> Callable[..., None]:
-        def called(module: nn.Module, *_: Any) -> None:
+        def called(module: nn.Module, *call: Any) -> None:
             count[path] += 1
             name = path if count[path] == 1 else f"{path}#{count[path]}"
-            seen.append(Call(name, module))
+            seen.append(Call(name, module, "" if probe is None else probe(module, *call)))
 
         return called
 
-    handles = [m.register_forward_hook(hook(p)) for p, m in model.named_modules() if wanted(m)]
+    handles = [
+        module.register_forward_hook(hook(path), with_kwargs=True)
+        for path, module in model.named_modules()
+        if wanted(module)
+    ]
     try:
         yield
     finally:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dyt_compile import Match, NormKind
+from dyt_compile import Match, NormKind, NormSite
 
 from .system import Inputs, System, calls
 
-__all__ = ["Truth", "WrongError", "disagreement", "miscounted", "some", "truth"]
+__all__ = ["Truth", "WrongError", "counted", "disagreement", "miscounted", "some", "truth"]
 
 BY_CLASS = {NormKind.BATCH_NORM, NormKind.GROUP_NORM, NormKind.INSTANCE_NORM}
 """Refusals that only a module of that class explains; others may be near misses of any code."""
@@ -32,27 +31,31 @@ class WrongError(Exception):
 class Truth:
     """norms: the calls of norms by name, in order; refused: of modules that must be refused.
 
-    kinds: how many calls of each kind, by what their outputs do; None where nothing was computed.
+    idle: calls of norms that need not be named, see `System`. kinds: how many calls of each kind,
+    by what their outputs do; None where nothing was computed.
     """
 
     norms: tuple[str, ...]
     refused: tuple[str, ...]
+    idle: frozenset[str] = frozenset()
     kinds: Counter[str] | None = None
 
 
 def truth(system: System, model: nn.Module, inputs: Inputs, *, kinds: bool = False) -> Truth:
     """The truth about a model of a system. kinds: probe them too, which needs real weights."""
-    norms = [c for c in calls(model, inputs, system.is_norm) if c.name not in system.idle]
+    norms = calls(model, inputs, system.is_norm, _probed if kinds else None)
+    norms = [call for call in norms if call.name not in system.idle]
     return Truth(
         tuple(call.name for call in norms),
         tuple(call.name for call in calls(model, inputs, system.is_refused)),
-        _kinds(model, inputs, [call.module for call in norms]) if kinds else None,
+        system.idle,
+        Counter(call.kind for call in norms) if kinds else None,
     )
 
 
 def disagreement(found: Match, true: Truth) -> str:
     """What a match says otherwise than the truth, in one line; empty where they agree."""
-    named = _difference((site.name for site in found.sites), true.norms)
+    named = _difference((site.name for site in counted(found, true)), true.norms)
     refused = [(r.name.partition("#")[0], r.kind in BY_CLASS) for r in found.refusals]
     wanted = {name.partition("#")[0] for name in true.refused}
     unexplained = sorted({name for name, by_class in refused if by_class} - wanted)
@@ -68,12 +71,19 @@ def disagreement(found: Match, true: Truth) -> str:
 
 def miscounted(found: Match, true: Truth) -> list[str]:
     """How the numbers of sites differ, in all and of each kind."""
-    if len(found.sites) != len(true.norms):
-        return [f"{len(found.sites)} sites instead of {len(true.norms)}"]
+    sites = counted(found, true)
+    if len(sites) != len(true.norms):
+        return [f"{len(sites)} sites instead of {len(true.norms)}"]
     if true.kinds is None:
         return []
-    counted = Counter(_kind(site.kind) for site in found.sites)
-    return [] if counted == true.kinds else [f"{dict(counted)} instead of {dict(true.kinds)}"]
+    kinds = Counter(_kind(site.kind) for site in sites)
+    return [] if kinds == true.kinds else [f"{dict(kinds)} instead of {dict(true.kinds)}"]
+
+
+def counted(found: Match, true: Truth) -> list[NormSite]:
+    """The sites but for idle ones; files may have put a name before their paths."""
+    idle = tuple(true.idle)
+    return [site for site in found.sites if not site.name.endswith(idle)]
 
 
 def _kind(kind: NormKind) -> str:
@@ -95,28 +105,6 @@ def some(names: list[str]) -> str:
     """The first names of a list, and how many more there are."""
     told = ", ".join(names[:2])
     return told if len(names) <= 2 else f"{told} and {len(names) - 2} more"
-
-
-def _kinds(model: nn.Module, inputs: Inputs, norms: Iterable[nn.Module]) -> Counter[str]:
-    """How many calls of each kind a forward pass makes of these modules."""
-    kinds: Counter[str] = Counter()
-
-    def called(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        kinds[_probed(module, args, kwargs, output)] += 1
-
-    with _hooked(set(norms), called), torch.no_grad():
-        model(*inputs.args, **inputs.kwargs)
-    return kinds
-
-
-@contextmanager
-def _hooked(modules: Iterable[nn.Module], called: Callable[..., None]) -> Iterator[None]:
-    handles = [m.register_forward_hook(called, with_kwargs=True) for m in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _probed(module: nn.Module, args: Any, kwargs: Any, output: Any) -> str:

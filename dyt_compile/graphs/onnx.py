@@ -24,7 +24,7 @@ from .base import Batch, Edit, Stored
 from .onnx_constants import is_parameter, scalar, stored
 from .onnx_edits import make_edits, rounded
 from .onnx_precision import Names
-from .onnx_prepare import prepare, restore
+from .onnx_prepare import check_inputs, prepare, restore
 from .onnx_scopes import SCOPES, Scopes
 from .onnx_terms import say
 
@@ -61,12 +61,14 @@ class OnnxGraph:
             model = ir.load(path)
         except Exception as error:
             raise CaptureError(f"{str(path)!r} is no ONNX model: {error}") from error
+        check_inputs(model)
         prepare(model)
         return cls(path.stem, model, provider)
 
     @classmethod
     def from_model(cls, name: str, model: ir.Model, provider: str = "cpu") -> OnnxGraph:
         """The graph of a model in memory, which stays as it is."""
+        check_inputs(model)
         own = model.clone()
         prepare(own)
         return cls(name, own, provider)

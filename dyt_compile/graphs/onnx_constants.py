@@ -20,8 +20,8 @@ Array = npt.NDArray[np.float64]
 LARGEST = 64
 """Elements; larger tensors are weights, which stay in their files."""
 
-DEPTH = 8
-"""Nodes that a number may be away from a constant or a shape."""
+STEPS = 64
+"""Values that are looked at for one number; a Pad takes thirty in torch's older exporter."""
 
 
 def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -60,25 +60,36 @@ def integers(node: ir.Node, name: str, place: int) -> tuple[int, ...] | None:
 
 def known(value: ir.Value | None) -> Array | None:
     """What a small value always holds, None where that is not known."""
-    array = _partly_known(value, DEPTH)
+    array = _partly_known(value, {})
     return None if array is None or np.isnan(array).any() else array
 
 
 def known_shape(value: ir.Value | None) -> tuple[int | None, ...] | None:
     """The shape that a value of one axis holds, None for lengths that are not known."""
-    array = _partly_known(value, DEPTH)
+    array = _partly_known(value, {})
     if array is None or array.ndim != 1:
         return None
     return tuple(None if np.isnan(size) else int(size) for size in array)
 
 
-def _partly_known(value: ir.Value | None, depth: int) -> Array | None:
-    """The value's elements; NaN stands for those that are not known."""
+def _partly_known(value: ir.Value | None, seen: dict[ir.Value, Array | None]) -> Array | None:
+    """The value's elements; NaN stands for those that are not known. seen: what others hold."""
+    if value is None:
+        return None
+    if value not in seen:
+        if len(seen) == STEPS:
+            return None
+        seen[value] = None
+        seen[value] = _computed(value, seen)
+    return seen[value]
+
+
+def _computed(value: ir.Value, seen: dict[ir.Value, Array | None]) -> Array | None:
     tensor = stored(value)
     if tensor is not None:
         return tensor.numpy().astype(np.float64) if tensor.size <= LARGEST else None
-    node = None if value is None else value.producer()
-    if node is None or depth == 0 or node.domain != "":
+    node = value.producer()
+    if node is None or node.domain != "":
         return None
     if node.op_type in ("Shape", "Size"):
         return _lengths(node)
@@ -87,7 +98,7 @@ def _partly_known(value: ir.Value | None, depth: int) -> Array | None:
         return None
     operands: list[Array] = []
     for operand in node.inputs:
-        array = _partly_known(operand, depth - 1)
+        array = _partly_known(operand, seen)
         if array is None:
             return None
         operands.append(array)
@@ -126,12 +137,18 @@ def _gather(node: ir.Node, x: Array, places: Array) -> Array:
     return np.take(x, places.astype(int), axis=node.attributes.get_int("axis", 0))
 
 
-def _slice(node: ir.Node, x: Array, start: Array, end: Array, *rest: Array) -> Array:
-    if x.ndim != 1 or start.size != 1:
-        raise ValueError("only vectors are cut")
-    step = int(rest[1].item()) if len(rest) > 1 else 1
-    largest = 2.0**31
-    return x[int(start.item()) : int(min(end.item(), largest)) : step]
+def _slice(node: ir.Node, x: Array, starts: Array, ends: Array, *rest: Array) -> Array:
+    axes = rest[0] if rest else np.arange(starts.size)
+    steps = rest[1] if len(rest) > 1 else np.ones(starts.size)
+    cut = [slice(None)] * x.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        cut[int(axis)] = slice(int(start), int(end), int(step))
+    return x[tuple(cut)]
+
+
+def _transpose(node: ir.Node, x: Array) -> Array:
+    order = node.attributes.get("perm")
+    return np.transpose(x, None if order is None else order.as_ints())
 
 
 def _compared(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,6 +182,9 @@ _COMPUTED: dict[str, Callable[..., Any]] = {
     "Sqrt": _plain(np.sqrt),
     "Reciprocal": _plain(np.reciprocal),
     "ReduceProd": _plain(lambda x, *axes: x.prod(keepdims=True) if x.ndim == 1 else x),
+    "Ceil": _plain(np.ceil),
+    "Floor": _plain(np.floor),
+    "Round": _plain(np.rint),
     "Identity": _plain(lambda x: x),
     "Mod": lambda node, x, y: (np.fmod if node.attributes.get_int("fmod", 0) else np.mod)(x, y),
     "Min": _plain(lambda *x: np.minimum.reduce(x)),
@@ -178,6 +198,7 @@ _COMPUTED: dict[str, Callable[..., Any]] = {
     "CastLike": _plain(lambda x, like: x),
     "Gather": _gather,
     "Slice": _slice,
+    "Transpose": _transpose,
     "Concat": lambda node, *parts: np.concatenate(parts, node.attributes.get_int("axis", 0)),
     "Squeeze": _plain(lambda x, *axes: x.reshape(()) if x.size == 1 else np.squeeze(x)),
     "Unsqueeze": _plain(lambda x, *axes: x.reshape([1] * (x.ndim + 1)) if x.size == 1 else x[None]),

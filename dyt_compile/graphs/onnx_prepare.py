@@ -13,7 +13,7 @@ from .onnx_fused import fuse_again, take_apart
 from .onnx_fusion import unfuse
 from .onnx_shapes import infer_shapes, restore_shapes
 
-__all__ = ["prepare", "restore"]
+__all__ = ["check_inputs", "prepare", "restore"]
 
 OLDEST_OPSET = 13
 """Older files have axes as attributes of operators that were given inputs for them since."""
@@ -43,6 +43,19 @@ def prepare(model: ir.Model) -> None:
     model.graph.sort()
     _correct_constants(model)
     infer_shapes(model)
+
+
+def check_inputs(model: ir.Model) -> None:
+    """Raises CaptureError where a node reads what nothing makes."""
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.producer() is not None:
+                continue
+            if not (value.is_graph_input() or value.is_initializer()):
+                raise CaptureError(
+                    f"the model is not valid ONNX: {value.name!r}, which the {node.op_type} node "
+                    f"{node.name!r} reads, is made by no node and is no input or initializer"
+                )
 
 
 def _correct_constants(model: ir.Model) -> None:

@@ -169,6 +169,7 @@ def _from_program(program: torch.export.ExportedProgram, name: str) -> Graph:
 
     module = _plain(_functional(program).module(check_guards=False))
     lay_open(module)
+    module.graph.eliminate_dead_code()  # as every exporter does: what nothing reads is no norm
     args, kwargs = program.example_inputs or ((), {})
     return FxGraph(name, module, tuple(args), dict(kwargs))
 

@@ -138,7 +138,9 @@ def _settle(
     piece, proof = best
     found.claimed.update(piece.terms)
     site = _site(first, piece, proof, outputs)
-    if site.channels is None:
+    if site.input.fixed:
+        found.refuse(first, OF_A_WEIGHT, name=site.name)
+    elif site.channels is None:
         found.refuse(first, UNKNOWN_CHANNELS)
     else:
         _add(found, first, site)
@@ -558,16 +560,19 @@ def _named(model: str, found: _Found) -> Match:
     """The match in execution order, each site under a name of its own."""
     sites = sorted(found.sites, key=lambda site: _position(site.output))
     readers = Counter(id(site.input) for site in sites)
+    # Calls that normalize a weight come before those that see the model's inputs.
+    weights = Counter(r.name for _, r in found.refusals if r.reason == OF_A_WEIGHT)
     calls: dict[str, list[NormSite]] = {}
     for site in sites:
         known = calls.setdefault(site.name, [])
         tied = bool(known) and (known[0].gamma, known[0].beta) == (site.gamma, site.beta)
+        number = 1 + weights[site.name] + len(known)
         known.append(
             replace(
                 site,
-                name=site.name if not known else f"{site.name}#{len(known) + 1}",
+                name=site.name if number == 1 else f"{site.name}#{number}",
                 parallel_residual=readers[id(site.input)] > 1,
-                tied_to=site.name if tied and not site.kind.lossless else None,
+                tied_to=known[0].name if tied and not site.kind.lossless else None,
             )
         )
     unique = sorted(chain(*calls.values()), key=lambda site: _position(site.output))

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from dyt_compile.dyt import DytParameters, evaluate
+from dyt_compile.errors import CaptureError
 from dyt_compile.graphs.onnx import OnnxGraph
 from dyt_compile.graphs.onnx_prepare import restore
 from dyt_compile.passes.match import match
@@ -470,3 +471,9 @@ def test_shape_that_a_chain_of_nodes_computes_is_followed(bounds: str) -> None:
     values = {v.name: v for node in graph(source).apart().graph for v in node.outputs}
     assert values["h"].shape is not None
     assert values["h"].shape.is_static()
+
+
+def test_value_that_nothing_makes_is_named() -> None:
+    source = model("y = Clip(x, other)")
+    with pytest.raises(CaptureError, match=r"'other', which the Clip node .* is made by no node"):
+        graph(source)

@@ -112,6 +112,7 @@ def _transformers(
     full: PretrainedConfig | None = None,
     *,
     inputs: Callable[[nn.Module, int, int], Inputs] = _images,
+    idle: frozenset[str] = frozenset(),
 ) -> System:
     """An architecture of transformers at the size of a configuration."""
     return System(
@@ -123,6 +124,7 @@ def _transformers(
         None if full is None else partial(architecture, full),
         _is_norm,
         _is_refused,
+        idle,
     )
 
 
@@ -268,15 +270,18 @@ TRANSFORMERS = (
         ),
         inputs=_sized(64),
     ),
+    # Before its first cross attention the decoder has seen its queries alone, which are learned.
     _transformers(
         "DETR", transformers.DetrForObjectDetection,
         transformers.DetrConfig(
             backbone_config=SHALLOW_RESNET, d_model=48, encoder_layers=1, decoder_layers=2,
             encoder_attention_heads=3, decoder_attention_heads=3, encoder_ffn_dim=64,
-            decoder_ffn_dim=64, num_queries=5,
+            decoder_ffn_dim=64, num_queries=5, init_std=0.3,
         ),
         inputs=_sized(64),
+        idle=frozenset({"model.decoder.layers.0.self_attn_layer_norm"}),
     ),
+    # The pyramid takes the stages, not the backbone's output; queries are learned.
     _transformers(
         "Mask2Former", transformers.Mask2FormerModel,
         transformers.Mask2FormerConfig(
@@ -289,7 +294,11 @@ TRANSFORMERS = (
             num_queries=5,
         ),
         inputs=_sized(64),
+        idle=frozenset({
+            "pixel_level_module.encoder.swin.layernorm", "transformer_module.decoder.layernorm",
+        }),
     ),
+    # Of the latents, which are learned.
     _transformers(
         "Perceiver", transformers.PerceiverModel,
         transformers.PerceiverConfig(
@@ -297,6 +306,7 @@ TRANSFORMERS = (
             num_self_attention_heads=3, num_cross_attention_heads=2,
         ),
         inputs=lambda model, samples, seed: Inputs((drawn.normal(model, seed, samples, 9, 20),)),
+        idle=frozenset({"encoder.cross_attention.attention.self.layernorm1"}),
     ),
     _transformers(
         "ViTDet", transformers.VitDetModel,
@@ -360,12 +370,14 @@ TRANSFORMERS = (
             image_size=32, patch_size=8, num_group_tokens=[6, 3, 0], num_output_groups=[6, 3, 0],
         ),
     ),
+    # Depth is made of the stages, not of the backbone's output.
     _transformers(
         "DPT", transformers.DPTForDepthEstimation,
         transformers.DPTConfig(
             **SMALL_IMAGE | {"num_hidden_layers": 4}, backbone_out_indices=[0, 1, 2, 3],
             neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16, is_hybrid=False,
         ),
+        idle=frozenset({"dpt.layernorm"}),
     ),
 )
 # fmt: on
