@@ -23,10 +23,12 @@ __all__ = [
     "build_engine",
     "build_plugin",
     "convert",
+    "convert_for_training",
     "export_onnx",
     "fold",
     "inspect",
     "plugin_info",
+    "recover",
     "write_report",
 ]
 
@@ -42,9 +44,11 @@ if TYPE_CHECKING:
     from .exporters.plugin.build import PluginInfo, build_plugin, plugin_info
     from .exporters.tensorrt import build_engine
     from .passes.fold import Folded
+    from .recovery import recover
     from .report import Report
     from .report.writing import write_report
     from .sites import Match, NormKind, NormSite, Refusal
+    from .training import convert_for_training
 
 _HOMES = {
     "Calibration": "calibration",
@@ -63,10 +67,12 @@ _HOMES = {
     "build_engine": "exporters.tensorrt",
     "build_plugin": "exporters.plugin.build",
     "convert": "compiler",
+    "convert_for_training": "training",
     "export_onnx": "exporters.onnx",
     "fold": "compiler",
     "inspect": "compiler",
     "plugin_info": "exporters.plugin.build",
+    "recover": "recovery",
     "write_report": "report.writing",
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from .batches import as_batches
 from .errors import DataError
 from .graphs.base import Batch, Graph
 
-__all__ = ["Part", "Splits", "attention_mask", "load", "split", "whole"]
+__all__ = ["SHARES", "Part", "Splits", "attention_mask", "load", "shuffled", "split", "whole"]
 
 SHARES = (0.5, 0.25, 0.25)
 """Of the samples, for fitting, for planning, and for the report."""
@@ -41,21 +42,29 @@ class Splits:
     report: Part
 
 
-def split(graph: Graph, batches: Iterable[Any], seed: int) -> Splits:
-    """The samples of `batches` split 50/25/25 at random.
+def split(
+    graph: Graph,
+    batches: Iterable[Any],
+    seed: int,
+    shares: tuple[float, float, float] = SHARES,
+) -> Splits:
+    """The samples of `batches` split at random, by default 50/25/25.
 
     Samples lie along axis 0 where that axis is dynamic in the model; else a batch is a sample.
-    Raises DataError for one-shot iterators, batches that do not fit, and fewer than 4 samples.
+    One seed gives one order, whatever the shares: the last 10 % lie within the last 25 %.
+    Raises DataError for one-shot iterators, batches that do not fit, and too few samples for the
+    smallest share.
     """
     splitter = _Splitter(graph, as_batches(batches))
     sizes = [splitter.size(batch) for batch in splitter.bound()]
     total = sum(sizes)
-    if total < 4:
+    least = math.ceil(1 / min(shares))
+    if total < least:
         raise DataError(
-            f"the data holds {total} samples; at least 4 are needed for fit, plan and report"
+            f"the data holds {total} samples; at least {least} are needed for fit, plan and report"
         )
     order = np.random.default_rng(seed).permutation(total)
-    first, second = round(total * SHARES[0]), round(total * (SHARES[0] + SHARES[1]))
+    first, second = round(total * shares[0]), round(total * (shares[0] + shares[1]))
     chosen = [np.sort(order[:first]), np.sort(order[first:second]), np.sort(order[second:])]
     starts = np.cumsum([0, *sizes])
     return Splits(*(splitter.part(indices, starts) for indices in chosen))
@@ -68,6 +77,22 @@ def whole(graph: Graph, batches: Iterable[Any]) -> Part:
     if not sizes:
         raise DataError("the data holds no batch")
     return Part(splitter.bound, len(sizes), sum(sizes))
+
+
+def shuffled(
+    graph: Graph, loaders: Sequence[Callable[[], Batch]], size: int, seed: Sequence[int]
+) -> Iterator[Batch]:
+    """Batches of at most `size` samples, each of them once, in an order that `seed` gives.
+
+    loaders: one a batch. Samples of one batch stay together, since others may have other lengths.
+    """
+    splitter = _Splitter(graph, ())
+    random = np.random.default_rng(seed)
+    for number in random.permutation(len(loaders)):
+        batch = loaders[number]()
+        order = random.permutation(splitter.size(batch))
+        for start in range(0, len(order), size):
+            yield splitter.rows(batch, order[start : start + size])
 
 
 class _Splitter:
@@ -98,11 +123,12 @@ class _Splitter:
             for number, batch in enumerate(self.bound()):
                 own = indices[places[number] : places[number + 1]] - starts[number]
                 if len(own):
-                    yield self._rows(batch, own)
+                    yield self.rows(batch, own)
 
         return Part(make, used, len(indices))
 
-    def _rows(self, batch: Batch, rows: npt.NDArray[np.int64]) -> Batch:
+    def rows(self, batch: Batch, rows: npt.NDArray[np.int64]) -> Batch:
+        """Some samples of a batch, as many rows as given."""
         size = self.size(batch)
         if len(rows) == size:
             return batch

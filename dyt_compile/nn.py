@@ -1,4 +1,4 @@
-"""Dynamic Tanh for torch: the operators `torch.ops.dyt.*` and their parameters.
+"""Dynamic Tanh for torch: the operators `torch.ops.dyt.*`, their parameters, and a module.
 
 The operators decompose by themselves: autograd, fake tensors, `torch.export` and Inductor all see
 through them, so Inductor fuses them with their neighbours, while an exported graph keeps the name.
@@ -6,15 +6,17 @@ through them, so Inductor fuses them with their neighbours, while an exported gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .dyt import DOMAIN, FORMS, Form
+from .dyt import ALPHA, DOMAIN, FORMS, Form
+from .errors import OptionError
 
-__all__ = ["operator", "parameter"]
+__all__ = ["SQUASHES", "DynamicTanh", "decompositions", "operator", "parameter"]
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -51,12 +53,13 @@ def derf(
 
 
 _library = torch.library.Library(DOMAIN, "DEF")
-for _name, _function in (
-    ("DyT", dyt),
-    ("DyTScale", dyt_scale),
-    ("DyTBare", dyt_bare),
-    ("Derf", derf),
-):
+_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "DyT": dyt,
+    "DyTScale": dyt_scale,
+    "DyTBare": dyt_bare,
+    "Derf": derf,
+}
+for _name, _function in _FUNCTIONS.items():
     _inputs = ", ".join(f"Tensor {name}" for name in ("x", *FORMS[_name].parameters))
     _library.define(f"{_name}({_inputs}) -> Tensor")
     _library.impl(_name, _function, "CompositeImplicitAutograd")
@@ -69,6 +72,11 @@ def operator(form: Form) -> torch._ops.OpOverload:
     return overload
 
 
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., torch.Tensor]]:
+    """Each operator with its formula in operators of torch, for `run_decompositions`."""
+    return {operator(FORMS[name]): function for name, function in _FUNCTIONS.items()}
+
+
 def parameter(
     value: npt.NDArray[Any], name: str, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Parameter:
@@ -77,3 +85,86 @@ def parameter(
         dtype = torch.float32
     tensor = torch.from_numpy(np.array(value, np.float32, copy=True))
     return torch.nn.Parameter(tensor.to(dtype=dtype, device=device))
+
+
+SQUASHES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "hardtanh": torch.nn.functional.hardtanh,
+    "sigmoid": torch.sigmoid,
+}
+"""What may squash: DyT's tanh, Derf's erf, and two that the paper compares (Table 8)."""
+
+
+class DynamicTanh(torch.nn.Module):
+    """gamma * squash(alpha * x + shift) + beta, to stand where a norm would, in training too.
+
+    width: channels of x, along its last axis, or along the axis before `spatial_axes` others (2
+    for images, channels first); gamma and beta have one value each, of shape [width, 1, ...].
+    alpha: where its one learned value starts; None leaves it out (Table 9). squash: "tanh", "erf"
+    (Derf, arXiv 2512.10938, whose shift is one learned value that starts at 0), "hardtanh" or
+    "sigmoid". affine: whether there is a gamma, which starts at 1; bias: and a beta, from 0.
+
+    x of any shape and floating dtype; computed in float32 at least, returned in the dtype of x.
+    alpha and shift are float32, or float64 where `dtype` is. Raises OptionError.
+    """
+
+    alpha: torch.nn.Parameter | None
+    shift: torch.nn.Parameter | None
+    gamma: torch.nn.Parameter | None
+    beta: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        width: int,
+        alpha: float | None = ALPHA,
+        *,
+        squash: str = "tanh",
+        affine: bool = True,
+        bias: bool = True,
+        spatial_axes: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check(width, alpha, squash)
+        self.width, self.squash = width, squash
+        own = torch.get_default_dtype() if dtype is None else dtype
+        wide = torch.promote_types(own, torch.float32)
+        shape = (width, *(1 for _ in range(spatial_axes)))
+
+        def learned(start: float, size: tuple[int, ...], kind: torch.dtype) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.full(size, start, device=device, dtype=kind))
+
+        self.register_parameter("alpha", None if alpha is None else learned(alpha, (1,), wide))
+        self.register_parameter("shift", learned(0.0, (1,), wide) if squash == "erf" else None)
+        self.register_parameter("gamma", learned(1.0, shape, own) if affine else None)
+        self.register_parameter("beta", learned(0.0, shape, own) if affine and bias else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The squashed x, of the same shape and dtype."""
+        y = _wide(x)
+        if self.alpha is not None:
+            y = self.alpha * y
+        if self.shift is not None:
+            y = y + self.shift
+        y = SQUASHES[self.squash](y)
+        if self.gamma is not None:
+            y = y * _wide(self.gamma)
+        if self.beta is not None:
+            y = y + _wide(self.beta)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Width and function, as torch prints them."""
+        return f"{self.width}, squash={self.squash!r}"
+
+
+def _check(width: Any, alpha: Any, squash: Any) -> None:
+    """Raise OptionError for what DynamicTanh does not take."""
+    if squash not in tuple(SQUASHES):
+        raise OptionError(f"squash is {squash!r}; allowed: {', '.join(SQUASHES)}")
+    if not isinstance(width, int) or width < 1:
+        raise OptionError(f"width is {width!r}; allowed: a whole number, 1 or above")
+    if alpha is not None and not float(alpha) > 0:
+        raise OptionError(f"alpha is {alpha!r}; allowed: a number above 0, or None")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
-__all__ = ["Reporter", "reporting", "track"]
+__all__ = ["Doing", "Reporter", "reporting", "track"]
 
 T = TypeVar("T")
+Doing = str | Callable[[], str]
+"""What is being done: words, or what gives them anew as the work goes on."""
 
 
 class Reporter(Protocol):
     """Shows the advance of one piece of work at a time."""
 
-    def track(self, items: Iterable[T], doing: str, total: int | None) -> Iterator[T]:
+    def track(self, items: Iterable[T], doing: Doing, total: int | None) -> Iterator[T]:
         """Yield the items, showing how many of `total` are done."""
         ...
 
@@ -23,7 +25,7 @@ class Reporter(Protocol):
 _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
 
 
-def track(items: Iterable[T], doing: str, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], doing: Doing, total: int | None = None) -> Iterator[T]:
     """The items, with their advance shown by the current reporter, if there is one."""
     reporter = _reporter.get()
     return iter(items) if reporter is None else reporter.track(items, doing, total)

@@ -20,6 +20,7 @@ LAYERS = (
     ("errors", "dyt", "progress"),
     ("terms", "batches", "files", "fits", "metrics", "nn", "huggingface", "scatter"),
     ("sites", "proof", "calibration", "channels", "constants", "producers", "views"),
+    ("checkpoints", "losses", "training"),
     # a model as a graph, and what runs it
     ("graphs", "runtime"),
     # the user's samples as native values of a graph
@@ -28,6 +29,7 @@ LAYERS = (
     ("exporters", "backends"),
     ("report", "trials"),
     ("compiler",),
+    ("recovery",),
     ("cli", "__main__"),
 )
 """Lowest first. A module, or all modules of a folder, may import its own layer and those below."""
@@ -35,6 +37,7 @@ LAYERS = (
 TORCH_AT_THE_TOP = {
     "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo", "graphs.fx",
     "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
+    "graphs.fx_training", "losses", "checkpoints", "passes.recover", "training",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt_worker", "exporters.plugin.ahead_of_time"}
 APART = ("passes",)

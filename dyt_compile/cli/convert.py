@@ -1,4 +1,4 @@
-"""dyt-compile convert: replace norms by DyT and write the ONNX file."""
+"""dyt-compile convert: replace norms by DyT and write the model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import typer
 
 from .. import compiler
 from ..errors import OptionError
-from ..exporters.onnx import export_onnx
 from ..progress import reporting
 from ..report.terminal import fold_table, report_table
 from ..report.writing import check_target, write_report
 from .options import BatchSize, Data, Model, ProviderName, Reports, Verbose
 from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
+from .writing import check_out, write_model
 
 __all__ = ["convert"]
 
@@ -47,7 +47,7 @@ class Dtype(str, Enum):
 
 
 Target = Annotated[
-    Path, typer.Option("-o", "--out", help="The .onnx file to write.", show_default=False)
+    Path, typer.Option("-o", "--out", help="Write .onnx, .pt2 or .safetensors.", show_default=False)
 ]
 
 
@@ -88,13 +88,14 @@ def convert(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Replace norms of MODEL by Dynamic Tanh and write an ONNX file.
+    """Replace norms of MODEL by Dynamic Tanh and write the result.
 
     Exact without data: DyT that the model holds is recognised, norms stay. With data, as many
     norms are converted as keep the measured error within --max-error.
     """
-    if out.suffix != ".onnx":
-        raise OptionError(f"-o is {str(out)!r}; allowed: a file that ends in .onnx")
+    check_out(out)
+    if out.suffix != ".onnx" and (opset is not None or dtype is not Dtype.fp32 or fuse):
+        raise OptionError(f"--opset, --dtype and --fuse are of .onnx files; -o is {str(out)!r}")
     if calibration is not None and (data is None or mode is Mode.exact):
         raise OptionError("--calibration needs --data: mode exact fits nothing")
     for path in report or ():
@@ -114,7 +115,7 @@ def convert(
             provider=provider,
             fold=fold,
         )
-        written = export_onnx(
+        written, told = write_model(
             result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider
         )
     if calibration is not None and result.calibration is not None:
@@ -122,15 +123,6 @@ def convert(
     console().print(report_table(result.report))
     if result.folded is not None:
         console().print(fold_table(result.folded))
-    checked = (
-        "not run: no data"
-        if written.export_error is None
-        else f"export error {written.export_error:.1g}"
-    )
-    console().print(
-        f"wrote {written.path}: {written.bytes / 1e6:.1f} MB, opset {written.opset}, "
-        f"{written.dtype}, {checked}",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
+    console().print(told, soft_wrap=True, highlight=False)
     for path in report or ():
         tell_written(write_report(result.report, path, exported=written))

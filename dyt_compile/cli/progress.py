@@ -9,6 +9,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..progress import Doing
+
 __all__ = ["TerminalReporter", "console", "tell_written"]
 
 PLAIN_WIDTH = 100
@@ -36,7 +38,7 @@ class TerminalReporter:
         self._console = console
         self._busy = False
 
-    def track(self, items: Iterable[T], doing: str, total: int | None) -> Iterator[T]:
+    def track(self, items: Iterable[T], doing: Doing, total: int | None) -> Iterator[T]:
         """Yield the items; work inside other work is not shown."""
         if self._busy:
             yield from items
@@ -46,12 +48,11 @@ class TerminalReporter:
             if self._console.is_terminal:
                 yield from self._bar(items, doing, total)
             else:
-                self._console.print(f"{doing} ({total})" if total else doing, highlight=False)
-                yield from items
+                yield from self._lines(items, doing, total)
         finally:
             self._busy = False
 
-    def _bar(self, items: Iterable[T], doing: str, total: int | None) -> Iterator[T]:
+    def _bar(self, items: Iterable[T], doing: Doing, total: int | None) -> Iterator[T]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -59,4 +60,21 @@ class TerminalReporter:
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self._console, transient=True) as progress:
-            yield from progress.track(items, total=total, description=doing)
+            task = progress.add_task(_told(doing), total=total)
+            for item in items:
+                yield item
+                progress.update(task, advance=1, description=_told(doing))
+
+    def _lines(self, items: Iterable[T], doing: Doing, total: int | None) -> Iterator[T]:
+        """A line at the beginning, and one whenever the words change."""
+        told = _told(doing)
+        self._console.print(f"{told} ({total})" if total else told, highlight=False)
+        for done, item in enumerate(items, start=1):
+            yield item
+            if _told(doing) != told:
+                told = _told(doing)
+                self._console.print(f"{told} ({done} of {total})", highlight=False)
+
+
+def _told(doing: Doing) -> str:
+    return doing if isinstance(doing, str) else doing()

@@ -188,6 +188,11 @@ class FxGraph:
             attributes[path] = torch.nn.Parameter(tensor, requires_grad=dtype.is_floating_point)
         return self._over(attributes, graph)
 
+    def with_weights(self, weights: Mapping[str, torch.Tensor]) -> FxGraph:
+        """A new graph that holds these weights under their paths; all others are shared."""
+        graph, _ = self._copied()
+        return self._over(self._attributes(graph) | dict(weights), graph)
+
     def _copied(self) -> tuple[torch.fx.Graph, dict[torch.fx.Node, torch.fx.Node]]:
         """A copy of the module's graph, and its nodes by those of the module."""
         graph = torch.fx.Graph()

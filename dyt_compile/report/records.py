@@ -14,7 +14,7 @@ from typing import Any
 from ..files import replaced
 from ..scatter import Scatter
 
-__all__ = ["Report", "SiteReport", "environment"]
+__all__ = ["Recovery", "Report", "SiteReport", "environment"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,21 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """The training that followed a conversion.
+
+    train: "all" weights or those of "dyt" alone; before: the error on the report's samples without
+    it; curve: (share of the run, error on held-out samples, by which the weights were chosen).
+    """
+
+    train: str
+    before: float
+    steps: int
+    seconds: float
+    curve: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """What was converted, what it cost, what was kept and why.
 
@@ -49,6 +64,7 @@ class Report:
     samples that took part in neither fit nor plan (None in mode "exact"). What an exported file
     differs by from the converted model is no part of it: the exporter says that.
     attempts: (sites converted, error on the plan samples) of every set that was tried.
+    recovery: None where `recover` took no part.
     """
 
     model: str
@@ -64,6 +80,7 @@ class Report:
     attempts: tuple[tuple[int, float], ...]
     seconds: Mapping[str, float]
     environment: Mapping[str, str]
+    recovery: Recovery | None = None
 
     @property
     def converted(self) -> int:

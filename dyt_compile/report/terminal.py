@@ -128,6 +128,8 @@ def headline(report: Report) -> str:
     if report.error is None:
         return f"{converted}; norms left alone (mode {report.mode})"
     cost = f"{report.metric} error {report.error:.4g} ± {report.standard_error:.1g}"
+    if report.recovery is not None:
+        cost += f" (before recovery {report.recovery.before:.4g})"
     budget = "" if report.budget is None else f", budget {report.budget:g}"
     return f"{converted}; {cost} on {report.samples} unseen samples at {report.output!r}{budget}"
 

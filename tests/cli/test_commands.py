@@ -12,9 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dyt_compile import Calibration
 from dyt_compile.cli import main
+from dyt_compile.cli.sources import load_model
 
 pytestmark = pytest.mark.core
 
@@ -194,7 +196,7 @@ def test_verify_fails_where_models_differ(
     ("arguments", "expected"),
     [
         (["-o", "o.onnx", "--mode", "all"], "OptionError: mode 'all' needs data"),
-        (["-o", "o.txt"], "OptionError: -o is 'o.txt'; allowed: a file that ends in .onnx"),
+        (["-o", "o.txt"], "OptionError: -o is 'o.txt'; allowed: a file that ends in .onnx, .pt2"),
         (["-o", "o.onnx", "--opset", "9"], "OptionError: opset is 9; allowed: 18 to 23"),
         (["-o", "o.onnx", "--exclude", "("], "OptionError: exclude has '(', no regular"),
         (["-o", "o.onnx", "--output", "nix"], "OptionError: output is 'nix'; the model's are"),
@@ -217,6 +219,67 @@ def test_convert_names_what_is_wrong(
     assert failure(capsys, "convert", model, *arguments).startswith(expected)
     assert not list(tmp_path.glob("*o.onnx*"))
     assert not (tmp_path / "c").exists()
+
+
+def _largest_difference(model: str, program: torch.export.ExportedProgram, data: str) -> float:
+    """Between the original and a written program, relative to the largest value."""
+    original = load_model(model).model.eval()
+    x = torch.from_numpy(np.load(data)["input"])
+    with torch.no_grad():
+        f, g = original(x), program.module()(x)
+    return float((f - g).abs().max() / f.abs().max())
+
+
+def test_convert_writes_a_program_that_runs_without_this_package(
+    model: str, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.pt2"
+    assert convert(model, "-o", out, "--data", data, "--mode", "all") == 0
+    code = "import sys, torch; torch.export.load(sys.argv[1]).module()(torch.ones(3, 3, 8))"
+    subprocess.run([sys.executable, "-c", code, str(out)], check=True)
+    assert 0 < _largest_difference(model, torch.export.load(out), data) < 0.5
+    assert run("inspect", out, "--json", tmp_path / "sites.json") == 0
+    kinds = [s["kind"] for s in json.loads((tmp_path / "sites.json").read_text())["sites"]]
+    assert kinds == ["dyt", "dyt"]
+
+
+def test_convert_writes_weights(model: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    assert convert(model, "-o", out, "--data", data, "--mode", "all") == 0
+    held = load_file(out)
+    assert held["0.norm.alpha"].shape == (1,)
+    assert {"0.linear.weight", "1.norm.gamma", "1.norm.beta"} <= set(held)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".safetensors"])
+def test_recover_writes_every_format_and_leaves_no_checkpoint(
+    suffix: str, model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, report = tmp_path / f"out{suffix}", tmp_path / "r.json"
+    options = ["--data", data, "--steps", "40", "--report", report]
+    assert run("recover", model, "-o", out, *options) == 0
+    printed = capsys.readouterr()
+    assert "(before recovery " in printed.out
+    assert f"wrote {out}" in printed.out
+    assert "recovering, held-out error" in printed.err
+    written = json.loads(report.read_text())
+    assert written["error"] < written["recovery"]["before"]
+    assert written["recovery"]["steps"] == 40
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "network.py", "data.npz", out.name, "r.json", *(["__pycache__"] if
+        (tmp_path / "__pycache__").exists() else [])
+    }  # fmt: skip
+
+
+def test_recover_of_an_onnx_file_names_the_closed_form_fits(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(model, "-o", tmp_path / "m.onnx") == 0
+    capsys.readouterr()
+    line = failure(capsys, "recover", tmp_path / "m.onnx", "--data", data, "-o", tmp_path / "o.pt2")
+    assert line.startswith("OptionError: MODEL is ")
+    assert "closed-form fits" in line
+    assert not (tmp_path / "o.pt2").exists()
 
 
 @pytest.mark.parametrize(

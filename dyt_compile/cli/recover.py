@@ -1,0 +1,106 @@
+"""dyt-compile recover: convert every norm, and let the model learn back what that cost."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import compiler
+from ..errors import OptionError
+from ..progress import reporting
+from ..recovery import recover as recover_conversion
+from ..report.terminal import report_table
+from ..report.writing import check_target, write_report
+from .convert import Metric
+from .options import BatchSize, Model, Reports, Verbose
+from .progress import TerminalReporter, console, tell_written
+from .sources import load_data, load_model
+from .writing import check_out, write_model
+
+__all__ = ["recover"]
+
+
+class Train(str, Enum):
+    """Which weights learn."""
+
+    all = "all"
+    dyt = "dyt"
+
+
+Target = Annotated[
+    Path,
+    typer.Option("-o", "--out", help="Write .onnx, .pt2 or .safetensors.", show_default=False),
+]
+DATA_HELP = "Inputs without labels: .npz, a folder of them, or file.py:function."
+
+
+def recover(
+    model: Model,
+    out: Target,
+    data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
+    minutes: Annotated[float, typer.Option(help="Of training, in wall time.")] = 10.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps instead of minutes: a run to repeat.")
+    ] = None,
+    train: Annotated[Train, typer.Option(help="All weights, or alpha, gamma, beta.")] = Train.all,
+    metric: Annotated[Metric, typer.Option(help="What the error counts.")] = Metric.relative,
+    output: Annotated[
+        str | None, typer.Option(help="The output to measure; default: the first float one.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Keep sites whose name matches this REGEX.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    seed: Annotated[int, typer.Option(help="Of the split of the data and its order.")] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Goes on from it; default: OUT.checkpoint, removed at the end."),
+    ] = None,
+    report: Reports = None,
+    verbose: Verbose = False,
+) -> None:
+    """Replace every norm of MODEL by Dynamic Tanh, then train the result to agree with MODEL.
+
+    A killed run goes on from its last checkpoint when the command is given again.
+    """
+    check_out(out)
+    for path in report or ():
+        check_target(path)
+    source = load_model(model)
+    if isinstance(source.model, Path) and source.model.suffix == ".onnx":
+        raise OptionError(
+            f"MODEL is {model!r}, an ONNX file, which has no gradients: recover needs the torch "
+            "model; for ONNX files there are the closed-form fits of dyt-compile convert"
+        )
+    kept = out.with_name(f"{out.name}.checkpoint") if checkpoint is None else checkpoint
+    batches = load_data(data, batch_size)
+    with reporting(TerminalReporter(console(stderr=True))):
+        converted = compiler.convert(
+            source.model,
+            batches,
+            mode="all",
+            metric=metric.value,
+            output=output,
+            example=source.example,
+            exclude=tuple(exclude or ()),
+            seed=seed,
+        )
+        result = recover_conversion(
+            converted,
+            batches,
+            minutes=minutes,
+            steps=steps,
+            train=train.value,
+            checkpoint=kept,
+            seed=seed,
+        )
+        exported, told = write_model(result, out)
+    if checkpoint is None:
+        kept.unlink(missing_ok=True)
+    console().print(report_table(result.report))
+    console().print(told, soft_wrap=True, highlight=False)
+    for path in report or ():
+        tell_written(write_report(result.report, path, exported=exported))

@@ -1,0 +1,171 @@
+"""recover(): a converted model learns from the original what the conversion cost it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .compiler import Conversion
+from .data import Part, split
+from .errors import OptionError
+from .graphs.base import Batch, Graph
+from .metrics import check_metric
+from .passes.match import match
+from .passes.verify import Reference
+from .report.records import Recovery, Report
+from .shelf import Kept, Shelf
+from .sites import Match
+from .terms import Value
+
+if TYPE_CHECKING:
+    from .passes.recover import Lesson
+
+__all__ = ["recover"]
+
+SHARES = (0.8, 0.1, 0.1)
+"""Of the samples: to learn from, to choose the weights by, and for the report. `convert` took its
+report from the last quarter of the same order, so the report's are new to both."""
+
+TRAIN = ("all", "dyt")
+
+
+def recover(
+    result: Conversion,
+    batches: Iterable[Any],
+    *,
+    minutes: float = 10.0,
+    steps: int | None = None,
+    train: str = "all",
+    metric: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Conversion:
+    """Train the converted model to agree with the original, on inputs without labels.
+
+    result: what `convert` returned for a torch model; batches, seed: the same as there, so that
+    the figures in the report come from samples that took part in nothing. minutes: of wall time;
+    steps: a number of steps instead, which makes runs repeatable. train: "all" weights, or "dyt"
+    for alpha, gamma and beta alone. metric: what the held-out error counts; by default the
+    report's. checkpoint: a safetensors file, written as the run goes on; a run that was killed
+    goes on from it when it is called again with the same arguments.
+
+    Returns a conversion with a model of its own; `result` and the original stay as they are. The
+    weights are those with the least held-out error, at worst the ones that came in. bfloat16 and
+    float16 weights are trained as float32 and rounded at the end. `calibration` is None: the
+    model's values are no longer those of the fit.
+
+    Raises OptionError (a result that came from an ONNX file, or in which no norm was converted),
+    DataError, and CalibrationError for a checkpoint that is damaged or of another run.
+    """
+    metric = _checked(result, minutes, steps, train, metric, seed)
+    from .passes.recover import Limit
+    from .passes.recover import recover as learn
+
+    original = result.original
+    samples = split(original, batches, seed, SHARES)
+    with Shelf(original) as shelf:
+        held_out = Reference(
+            original, samples.plan, shelf, output=result.report.output, metric=metric
+        )
+        recovered = learn(
+            _lesson(result, train, metric),
+            _loaders(original, samples.fit, shelf),
+            held_out.measure,
+            Limit(float(minutes), steps),
+            seed=seed,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+        )
+        unseen = Reference(
+            original, samples.report, shelf, output=result.report.output, metric=metric
+        )
+        before, after = unseen.measure(result.graph), unseen.measure(recovered.graph)
+    told = Recovery(train, before.error, recovered.steps, recovered.seconds, recovered.curve)
+    report = replace(
+        result.report,
+        metric=metric,
+        error=after.error,
+        standard_error=after.standard_error,
+        samples=after.samples,
+        sites=_with_alphas(result.report, match(recovered.graph), recovered.graph),
+        seconds={**result.report.seconds, "recover": round(recovered.seconds, 3)},
+        recovery=told,
+    )
+    return replace(result, graph=recovered.graph, calibration=None, report=report)
+
+
+def _checked(
+    result: Conversion, minutes: Any, steps: Any, train: Any, metric: Any, seed: Any
+) -> str:
+    """The metric to use; raises OptionError for all that is not allowed."""
+    if not hasattr(result.graph, "with_weights"):
+        raise OptionError(
+            f"{result.report.model!r} came from an ONNX file, which has no gradients: recover "
+            "needs the torch model; from ONNX the closed-form fits of convert are all there is"
+        )
+    if result.report.error is None or not result.report.converted:
+        raise OptionError("no norm was converted: there is nothing to recover")
+    if not isinstance(minutes, Real) or not float(minutes) > 0:
+        raise OptionError(f"minutes is {minutes!r}; allowed: a number above 0")
+    if steps is not None and (not isinstance(steps, Integral) or steps < 1):
+        raise OptionError(f"steps is {steps!r}; allowed: a whole number, 1 or above, or None")
+    if train not in TRAIN:
+        raise OptionError(f"train is {train!r}; allowed: {', '.join(TRAIN)}")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise OptionError(f"seed is {seed!r}; allowed: a whole number, 0 or above")
+    chosen = result.report.metric if metric is None else metric
+    check_metric(chosen)
+    return str(chosen)
+
+
+def _lesson(result: Conversion, train: str, metric: str) -> Lesson:
+    from .passes.recover import Lesson
+
+    original: Any = result.original
+    converted: Any = result.graph
+    output = result.report.output
+    return Lesson(
+        original,
+        converted,
+        _pairs(result.match, match(converted)),
+        (original.outputs[output], converted.outputs[output]),
+        metric,
+        train,
+    )
+
+
+def _pairs(original: Match, converted: Match) -> list[tuple[Value, Value]]:
+    """What the sites of both read, in execution order: the model's state between its blocks."""
+    reads = {site.name: site.input for site in converted.sites}
+    found = [(s.input, reads[s.name]) for s in original.sites if s.name in reads]
+    return list({id(pair[0]): pair for pair in found}.values())
+
+
+def _loaders(graph: Graph, samples: Part, shelf: Shelf) -> list[partial[Batch]]:
+    """The batches, each to be loaded by itself; many of them wait in files."""
+
+    def load(kept: dict[str, Kept]) -> Batch:
+        return {name: value.load() for name, value in kept.items()}
+
+    return [
+        partial(
+            load, {name: shelf.keep(batch[name], value) for name, value in graph.inputs.items()}
+        )
+        for batch in samples
+    ]
+
+
+def _with_alphas(report: Report, found: Match, graph: Graph) -> tuple[Any, ...]:
+    """The report's sites with the alphas of the trained graph."""
+    alphas = {}
+    for site in found.sites:
+        array = None if site.alpha is None else graph.constant(site.alpha)
+        if array is not None:
+            alphas[site.name] = float(np.mean(array, dtype=np.float64))
+    return tuple(replace(s, alpha=alphas.get(s.name, s.alpha)) for s in report.sites)

@@ -1,0 +1,375 @@
+"""Recover: what it gains, what it leaves alone, and how it goes on after it was killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import dyt_compile
+from dyt_compile import Conversion, losses
+from dyt_compile.compiler import convert
+from dyt_compile.errors import CalibrationError, DataError, OptionError
+from dyt_compile.metrics import METRICS, Tally
+from dyt_compile.passes import recover as recover_pass
+from dyt_compile.progress import reporting
+from dyt_compile.recovery import recover
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "digits" / "model.py"
+WIDTH, TOKENS, CLASSES = 12, 5, 6
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
+        return y
+
+
+class Network(nn.Module):
+    """Pre-norm blocks on tokens with a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(CLASSES, WIDTH)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.norm = nn.RMSNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens))))
+        return logits
+
+
+def _batches(count: int = 8) -> list[tuple[Tensor]]:
+    random = torch.Generator().manual_seed(0)
+    return [(torch.randint(CLASSES, (16, TOKENS), generator=random),) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return Network().eval()
+
+
+@pytest.fixture(scope="module")
+def converted(model: nn.Module) -> Conversion:
+    """All sites converted; to be read only."""
+    return convert(model, _batches(), mode="all")
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def _assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert list(first) == list(second)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+class KilledError(Exception):
+    """Stands for the end of a process."""
+
+
+def _killed_at(monkeypatch: pytest.MonkeyPatch, evaluation: int) -> None:
+    """Let the run end by an exception before that evaluation."""
+    evaluate = recover_pass._Run.evaluate
+    done = iter(range(evaluation))
+
+    def dying(run: Any, *args: Any) -> None:
+        if next(done, None) is None:
+            raise KilledError
+        evaluate(run, *args)
+
+    monkeypatch.setattr(recover_pass._Run, "evaluate", dying)
+
+
+@pytest.mark.core
+def test_recover_lowers_the_error_on_unseen_samples(converted: Conversion) -> None:
+    found = recover(converted, _batches(), steps=120)
+    recovery = found.report.recovery
+    assert recovery is not None
+    assert found.report.error is not None
+    assert found.report.error < 0.6 * recovery.before
+    assert (recovery.steps, recovery.train, found.report.samples) == (120, "all", 13)
+    assert recovery.curve[0][0] == 0.0
+    assert recovery.curve[-1][0] == 1.0
+    assert {site.converted for site in found.report.sites} == {True}
+
+
+@pytest.mark.core
+def test_recover_writes_neither_to_the_original_nor_to_the_result(
+    model: nn.Module, converted: Conversion
+) -> None:
+    original, before, graph = _state(model), _state(converted.model), converted.graph
+    found = recover(converted, _batches(), steps=20)
+    _assert_equal(_state(model), original)
+    _assert_equal(_state(converted.model), before)
+    assert converted.graph is graph
+    shared = {p.data_ptr() for p in converted.model.parameters()}
+    assert not shared & {p.data_ptr() for p in found.model.parameters()}
+
+
+@pytest.mark.core
+def test_recover_returns_what_convert_returns(converted: Conversion, tmp_path: Path) -> None:
+    found = recover(converted, _batches(), steps=20)
+    assert isinstance(found, Conversion)
+    assert found.calibration is None
+    assert "recovery" in found.report.to_dict()
+    alpha = found.model.get_parameter("blocks.0.norm.alpha")
+    assert found.report.sites[0].alpha == pytest.approx(alpha.item())
+    written = dyt_compile.export_onnx(found, tmp_path / "model.onnx")
+    assert written.export_error is not None
+    assert written.export_error < 1e-4
+
+
+@pytest.mark.core
+def test_recover_of_dyt_alone_shares_all_other_weights(
+    model: nn.Module, converted: Conversion
+) -> None:
+    found = recover(converted, _batches(), steps=60, train="dyt")
+    assert found.report.recovery is not None
+    assert found.report.error is not None
+    assert found.report.error < found.report.recovery.before
+    changed = {
+        name.rpartition(".")[2]
+        for name, tensor in found.model.named_parameters()
+        if not torch.equal(tensor, converted.model.get_parameter(name))
+    }
+    assert changed == {"alpha", "gamma", "beta"}
+    assert found.model.get_parameter("head.weight") is converted.model.get_parameter("head.weight")
+
+
+@pytest.mark.core
+def test_recover_keeps_tied_weights_tied(converted: Conversion) -> None:
+    found = recover(converted, _batches(), steps=20).model
+    tokens = _batches(1)[0][0]
+    given = {id(p) for name, p in found.named_parameters(remove_duplicate=False)
+             if name in ("head.weight", "embedding.weight")}  # fmt: skip
+    assert len(given) == 1
+    assert not torch.equal(found(tokens), converted.model(tokens))
+
+
+@pytest.mark.core
+def test_recover_is_repeatable_in_steps(converted: Conversion) -> None:
+    first, second = (recover(converted, _batches(), steps=20) for _ in range(2))
+    _assert_equal(_state(first.model), _state(second.model))
+    other = recover(converted, _batches(), steps=20, seed=1)
+    assert not torch.equal(_state(first.model)["head.weight"], _state(other.model)["head.weight"])
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("evaluation", [1, 2, 9])
+def test_killed_run_goes_on_to_the_same_weights(
+    converted: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: int
+) -> None:
+    whole = recover(converted, _batches(), steps=40)
+    path = tmp_path / "run.safetensors"
+    with monkeypatch.context() as patch:
+        _killed_at(patch, evaluation)
+        with pytest.raises(KilledError):
+            recover(converted, _batches(), steps=40, checkpoint=path)
+    assert path.is_file() == (evaluation > 1)
+    resumed = recover(converted, _batches(), steps=40, checkpoint=path)
+    _assert_equal(_state(resumed.model), _state(whole.model))
+    assert resumed.report.recovery is not None
+    assert whole.report.recovery is not None
+    assert resumed.report.recovery.curve == whole.report.recovery.curve
+
+
+@pytest.mark.core
+def test_finished_run_is_not_trained_again(converted: Conversion, tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    first = recover(converted, _batches(), steps=20, checkpoint=path)
+    again = recover(converted, _batches(), steps=20, checkpoint=path)
+    assert again.report.recovery is not None
+    assert again.report.recovery.steps == 20
+    _assert_equal(_state(first.model), _state(again.model))
+
+
+@pytest.mark.core
+def test_checkpoint_of_another_run_is_refused(converted: Conversion, tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    recover(converted, _batches(), steps=2, checkpoint=path)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["version"] == "1"
+    with pytest.raises(CalibrationError, match="belongs to another model"):
+        recover(converted, _batches(), steps=2, checkpoint=path, train="dyt")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CalibrationError, match="damaged"):
+        recover(converted, _batches(), steps=2, checkpoint=path)
+
+
+@pytest.mark.core
+def test_run_that_becomes_worse_returns_what_came_in(
+    converted: Conversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover_pass, "RATE", 30.0)
+    found = recover(converted, _batches(), steps=60)
+    recovery = found.report.recovery
+    assert recovery is not None
+    assert found.report.error == recovery.before
+    errors = [error for _, error in recovery.curve[1:]]
+    assert len(errors) == errors.index(min(errors)) + 1 + recover_pass.PATIENCE
+    assert recovery.steps < 60
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_are_trained_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    narrow = Network().eval().to(dtype)
+    result = convert(narrow, _batches(), mode="all")
+    path = tmp_path / "run.safetensors"
+    found = recover(result, _batches(), steps=80, checkpoint=path)
+    assert found.report.recovery is not None
+    assert found.report.error is not None
+    assert found.report.error < 0.8 * found.report.recovery.before
+    held = load_file(path)
+    assert held["weight/head.weight" if "weight/head.weight" in held else
+                "weight/embedding.weight"].dtype is torch.float32  # fmt: skip
+    expected = {name: p.dtype for name, p in result.model.named_parameters()}
+    assert {name: p.dtype for name, p in found.model.named_parameters()} == expected
+    assert dtype in set(expected.values())
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("metric", METRICS)
+def test_recover_learns_by_every_metric(converted: Conversion, metric: str) -> None:
+    found = recover(converted, _batches(), steps=40, metric=metric)
+    assert found.report.metric == metric
+    assert found.report.recovery is not None
+    assert found.report.error is not None
+    assert found.report.error <= found.report.recovery.before
+
+
+@pytest.mark.core
+def test_minutes_end_a_run(converted: Conversion) -> None:
+    found = recover(converted, _batches(), minutes=0.02)
+    assert found.report.recovery is not None
+    assert 1.2 <= found.report.recovery.seconds < 30
+    assert found.report.recovery.steps > 0
+
+
+@pytest.mark.core
+def test_progress_tells_the_held_out_error(converted: Conversion) -> None:
+    told: list[str] = []
+
+    class Listener:
+        def track(self, items: Any, doing: Any, total: int | None) -> Iterator[Any]:
+            for item in items:
+                yield item
+                told.append(doing if isinstance(doing, str) else doing())
+
+    with reporting(Listener()):
+        found = recover(converted, _batches(), steps=20)
+    assert found.report.recovery is not None
+    assert f"recovering, held-out error {found.report.recovery.curve[-1][1]:.4g}" in told
+
+
+@pytest.mark.core
+def test_model_from_onnx_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    example = _batches(1)[0]
+    batch = ({0: torch.export.Dim("batch")},)
+    program = torch.onnx.export(model, example, dynamo=True, verbose=False, dynamic_shapes=batch)
+    assert program is not None
+    program.save(tmp_path / "model.onnx")
+    arrays = [(tokens.numpy(),) for (tokens,) in _batches()]
+    result = convert(tmp_path / "model.onnx", arrays, mode="all")
+    with pytest.raises(OptionError, match=r"ONNX file, which has no gradients.*closed-form fits"):
+        recover(result, arrays)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"minutes": 0}, "minutes is 0; allowed: a number above 0"),
+        ({"steps": 0}, "steps is 0; allowed"),
+        ({"train": "some"}, "train is 'some'; allowed: all, dyt"),
+        ({"metric": "accuracy"}, "metric is 'accuracy'; allowed"),
+        ({"seed": -1}, "seed is -1; allowed"),
+    ],
+)
+def test_option_that_is_not_allowed_is_refused(
+    converted: Conversion, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(OptionError, match=told):
+        recover(converted, _batches(), **options)
+
+
+@pytest.mark.core
+def test_conversion_without_a_norm_is_refused(model: nn.Module) -> None:
+    with pytest.raises(OptionError, match="nothing to recover"):
+        recover(convert(model, example=_batches(1)[0]), _batches())
+
+
+@pytest.mark.core
+def test_too_few_samples_are_refused(converted: Conversion) -> None:
+    tokens = _batches(1)[0][0]
+    with pytest.raises(DataError, match="holds 9 samples; at least 10"):
+        recover(converted, [(tokens[:9],)], steps=1)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("metric", ["relative", "cosine", "kl"])
+def test_loss_is_its_metric_with_what_is_masked_left_out(metric: str) -> None:
+    torch.manual_seed(0)
+    f, g, mask = torch.randn(4, 3, 7), torch.randn(4, 3, 7), torch.rand(4, 3) > 0.3
+    tally = Tally(metric)
+    tally.add(f.numpy(), g.numpy(), mask.numpy())
+    expected = tally.measurement().error ** (2 if metric == "relative" else 1)
+    assert float(losses.LOSSES[metric](f, g, mask)) == pytest.approx(expected, rel=1e-5)
+    assert float(losses.LOSSES[metric](f, g, None)) != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.core
+def test_relative_loss_counts_positions_alike() -> None:
+    f = torch.ones(1, 2, 4)
+    f[0, 0] *= 1000  # a massive token
+    g = f.clone()
+    g[0, 1] += 1
+    assert float(losses.relative(f, g, None)) == pytest.approx(0.5 * 4 / (1e-3 * 2e6), rel=1e-2)
+    assert float(losses.relative(f[:, 1:], g[:, 1:], None)) == pytest.approx(1.0)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    pytest.importorskip("sklearn")
+    found = importlib.util.spec_from_file_location("digits_model", EXAMPLE)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules["digits_model"] = module
+    found.loader.exec_module(module)
+    return module
+
+
+def test_recovery_of_a_trained_model_halves_its_error(digits: ModuleType) -> None:
+    model, _ = digits.load()
+    batches = list(digits.calibration())
+    pixels = digits.images()[2]
+    result = convert(model, batches, mode="all")
+    found = recover(result, batches, steps=80)
+
+    def error(other: nn.Module) -> float:
+        with torch.no_grad():
+            f, g = model(pixels), other(pixels)
+        return float((f - g).norm() / f.norm())
+
+    assert error(found.model) < 0.5 * error(result.model)
