@@ -67,7 +67,7 @@ def calibrate(
             walk.advance(stage)
             others = later_calls.get(site.name, ())
             unmixed = _unmixed(site, others, graph, fit)
-            sample = walk.observe(site, stage, RowSample(seed, _limit(site, unmixed)))
+            sample = walk.observe(site, stage, _sample(seed, site, unmixed))
             affine = _affine(graph, site)
             if site.tied_to is None:
                 found = replace(_fit(site, sample, others, affine), unmixed=unmixed)
@@ -122,8 +122,10 @@ def _unmixed(site: NormSite, others: Collection[RowSample], graph: Graph, fit: s
     return obstacle(site, graph.outputs)
 
 
-def _limit(site: NormSite, unmixed: str | None) -> int:
-    return ROWS if unmixed else max(ROWS, ROWS_PER_CHANNEL * (site.channels or 0))
+def _sample(seed: int, site: NormSite, unmixed: str | None) -> RowSample:
+    """Larger where a matrix needs more rows."""
+    wanted = 0 if unmixed else ROWS_PER_CHANNEL * (site.channels or 0)
+    return RowSample(seed, wanted) if wanted > ROWS else RowSample(seed)
 
 
 def _mixed(diagonal: SiteFit, site: NormSite, sample: RowSample, walk: _Walk, fit: str) -> SiteFit:
