@@ -67,6 +67,8 @@ def _probe(site: NormSite) -> Array:
 
 def _axis(uptake: Uptake, site: NormSite) -> int | None:
     """The axis of the weight that the channels meet, whole and in order; None where they do not."""
+    if uptake.term.attributes.get("groups", 1) != 1:
+        return None
     weight = uptake.term.inputs[1 - uptake.place]
     shape = weight.shape if isinstance(weight, Value) else None
     factor = None if shape is None else against_weight(uptake, shape)
