@@ -23,10 +23,7 @@ def main() -> None:
     if not available():
         sys.exit("chromium and chromedriver are needed: apt-get install chromium chromium-driver")
     model, _ = load()
-    batches = list(calibration())
     result = dyt_compile.convert(
-        model, batches, mode="budget", budget=BUDGET, fit="diagonal"
-    )
         model, list(calibration()), mode="budget", budget=BUDGET, fit="diagonal"
     )
     with tempfile.TemporaryDirectory() as folder, opened() as browser:
