@@ -23,7 +23,9 @@ def main() -> None:
     if not available():
         sys.exit("chromium and chromedriver are needed: apt-get install chromium chromium-driver")
     model, _ = load()
-    result = dyt_compile.convert(model, list(calibration()), mode="budget", budget=BUDGET)
+    result = dyt_compile.convert(
+        model, list(calibration()), mode="budget", budget=BUDGET, fit="diagonal"
+    )
     with tempfile.TemporaryDirectory() as folder, opened() as browser:
         exported = dyt_compile.export_onnx(result, Path(folder) / "digits.onnx")
         page = dyt_compile.write_report(

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from .dyt import PARAMETERS, DytParameters
+from .dyt import PARAMETERS, DytParameters, Mix
 from .errors import CalibrationError
 from .files import replaced
 from .scatter import Scatter
@@ -22,7 +22,10 @@ from .sites import NormKind
 
 __all__ = ["Calibration", "SiteFit", "SiteSketch", "digest", "near", "sketch"]
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)
+"""Version 1 had no mixes; who reads it alone must not take a bare DyT for the whole of a fit."""
+
 SKETCH_TOLERANCE = 0.02
 """Relative; bfloat16 keeps 8 bits, so its means and roots differ by less than 1 %."""
 
@@ -69,9 +72,12 @@ class SiteFit:
     """The fit of one site.
 
     parameters: None where there is no fit, `reason` says why; fit_error: relative, held-out rows.
+    mix: of a full fit, what the readers' weights take up, behind parameters that are a bare DyT;
+    None for a diagonal fit, `unmixed` says why.
     sigma_median: median over rows of the root mean square (centred for LayerNorm) that the norm
     divides by; sigma_peak: largest over median; large peaks are tokens that tanh cannot follow.
-    scatter: some inputs and outputs, for drawing; not written to files.
+    scatter: some inputs and outputs, for drawing, with the curve of the diagonal fit; not written
+    to files.
     """
 
     parameters: DytParameters | None
@@ -80,6 +86,20 @@ class SiteFit:
     sigma_median: float | None = None
     sigma_peak: float | None = None
     scatter: Scatter | None = field(default=None, repr=False)
+    mix: Mix | None = field(default=None, repr=False)
+    unmixed: str | None = None
+
+    @property
+    def method(self) -> str | None:
+        """ "full", "diagonal", or None where there is no fit."""
+        if self.parameters is None:
+            return None
+        return "diagonal" if self.mix is None else "full"
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything fitted, by name."""
+        held = {} if self.parameters is None else self.parameters.named()
+        return held if self.mix is None else held | vars(self.mix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +111,16 @@ class Calibration:
     converted: frozenset[str] = field(default_factory=frozenset)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: arrays "site/alpha", and JSON in its metadata."""
+        """Write a safetensors file: arrays "site/alpha", and JSON in its metadata.
+
+        A full fit takes 4 C (C + 1) bytes for the C channels of its site.
+        """
         from safetensors.numpy import save_file
 
         arrays = {  # safetensors writes an array's memory as it lies
             f"{name}/{parameter}": np.require(array, requirements="C")
             for name, fit in self.fits.items()
-            if fit.parameters is not None
-            for parameter, array in fit.parameters.named().items()
+            for parameter, array in fit.arrays().items()
         }
         about = {
             "version": VERSION,
@@ -118,7 +140,7 @@ class Calibration:
             with safe_open(str(path), framework="numpy") as file:
                 about = json.loads((file.metadata() or {})["dyt_compile"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if about["version"] != VERSION:
+            if about["version"] not in READABLE:
                 raise CalibrationError(
                     f"{str(path)!r} has calibration version {about['version']}; this is {VERSION}"
                 )
@@ -171,7 +193,7 @@ def digest(array: npt.NDArray[Any]) -> str | None:
 
 
 def _figures(fit: SiteFit) -> dict[str, Any]:
-    apart = ("parameters", "scatter")
+    apart = ("parameters", "scatter", "mix")
     figures = {name: value for name, value in vars(fit).items() if name not in apart}
     if fit.parameters is not None:
         figures["squash"] = fit.parameters.squash
@@ -183,7 +205,9 @@ def _fit(name: str, figures: dict[str, Any], arrays: Mapping[str, Any]) -> SiteF
     if squash is None:
         return SiteFit(None, **figures)
     values = {p: arrays[f"{name}/{p}"] for p in PARAMETERS if f"{name}/{p}" in arrays}
-    return SiteFit(DytParameters(squash=squash, **values), **figures)
+    full = f"{name}/matrix" in arrays
+    mix = Mix(arrays[f"{name}/matrix"], arrays[f"{name}/offset"]) if full else None
+    return SiteFit(DytParameters(squash=squash, **values), mix=mix, **figures)
 
 
 def _sketch(data: dict[str, Any]) -> SiteSketch:

@@ -61,15 +61,20 @@ NORMS = {
 
 
 class Kind(enum.Enum):
-    """What is carried: a factor or a summand of the value. `symbol` is what users know it by."""
+    """What is carried: a factor or a summand of the value, or a matrix over its channels.
+
+    The value is what users know it by. Of a matrix, the array carried holds one number for each
+    channel, all different: where they arrive whole and in order, the matrix can be multiplied.
+    """
 
     SCALE = "γ"
     SHIFT = "β"
+    MATRIX = "M"
 
     @property
     def neutral(self) -> float:
         """What leaves a value as it is."""
-        return 1.0 if self is Kind.SCALE else 0.0
+        return 0.0 if self is Kind.SHIFT else 1.0
 
 
 class Weights(Protocol):
@@ -154,7 +159,7 @@ class _Walk:
                 stop = self._carry(term.output, found)
             else:
                 stop = Stop(found, direct=value in term.operands)
-        if stop is None and self.kind is Kind.SCALE:
+        if stop is None and self.kind is Kind.SCALE:  # a matrix gives the reader its own weight
             stop = _tied(uptakes)
         return tuple(uptakes) if stop is None else stop
 
@@ -274,7 +279,7 @@ def _padded(walk: _Walk, term: Term) -> Array | str:
 
 def _reduced(walk: _Walk, term: Term) -> Array | str:
     array, axes = _source(walk, term), term.attributes["axes"]
-    if array is None or (walk.kind is Kind.SCALE and _same_along(array, term) is None):
+    if array is None or (walk.kind is not Kind.SHIFT and _same_along(array, term) is None):
         return f"the {term.op.name.lower()} over channels {_named(term)}"
     shape = term.operands[0].shape or ()
     sizes = [shape[axis] for axis in axes]
@@ -319,7 +324,9 @@ def _product(walk: _Walk, term: Term) -> Array | str:
     array = walk.arrays[term.inputs[place]]  # type: ignore[index]
     other = term.inputs[1 - place]
     by_activation = other is not None and not is_fixed(other)
-    if walk.kind is Kind.SCALE:
+    if walk.kind is Kind.MATRIX and not _one_number(other, array):
+        return f"the product for each channel {_named(term)}"
+    if walk.kind is not Kind.SHIFT:
         walk.modulated |= by_activation
         return array
     if by_activation:
@@ -328,16 +335,27 @@ def _product(walk: _Walk, term: Term) -> Array | str:
     return np.asarray(array * factor if term.op is Op.MUL else array / factor)
 
 
+def _one_number(other: Value | float | None, array: Array) -> bool:
+    """Whether a factor is the same along every axis on which the array differs."""
+    if not isinstance(other, Value):
+        return True
+    shape = other.shape
+    return shape is not None and all(
+        size == 1 or axis < -len(shape) or shape[axis] == 1
+        for axis, size in enumerate(array.shape, -array.ndim)
+    )
+
+
 def _negated(walk: _Walk, term: Term) -> Array:
     array = walk.arrays[term.operands[0]]
-    return array if walk.kind is Kind.SCALE else -array
+    return -array if walk.kind is Kind.SHIFT else array
 
 
 def _sum(walk: _Walk, term: Term) -> Array | Uptake | str:
     """a + b and a - b."""
     places = [place for place, v in enumerate(term.inputs) if v in walk.arrays]
     arrays = [walk.arrays[term.inputs[place]] for place in places]  # type: ignore[index]
-    if walk.kind is Kind.SCALE:
+    if walk.kind is not Kind.SHIFT:
         whole = len(arrays) == 2 and np.array_equal(arrays[0], arrays[1])
         if whole or (len(arrays) == 1 and (arrays[0] == 1).all()):
             return arrays[0]
@@ -392,7 +410,7 @@ def _taken(walk: _Walk, uptake: Uptake) -> Array | Uptake | str:
         return f"the quantised weight of {_named(term)}"
     if weight.shape is None or against_weight(uptake, weight.shape) is None:
         return f"{_named(term)}, whose weight does not tell its channels apart"
-    if walk.kind is Kind.SCALE or term.op is Op.CONVOLUTION:
+    if walk.kind is not Kind.SHIFT or term.op is Op.CONVOLUTION:
         return uptake
     if bias is not None:
         if _is_weight(bias):
@@ -533,7 +551,7 @@ def with_folds(site: NormSite, outputs: Mapping[str, Value]) -> NormSite:
     if site.channels is None or site.output.shape is None:
         return replace(site, folds=(), unfolded="its number of channels is unknown")
     names = {Kind.SCALE: "gamma", Kind.SHIFT: "beta"}
-    kinds = [kind for kind in Kind if not site.kind.lossless or names[kind] in site.affine]
+    kinds = [kind for kind in names if not site.kind.lossless or names[kind] in site.affine]
     # Numbers all different, so that no scale is taken for the same at two places.
     array = np.random.default_rng(0).uniform(0.5, 1.5, site.parameter_shape)
     found = {kind: carried(site.output, array, kind, outputs) for kind in kinds}

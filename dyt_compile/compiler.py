@@ -33,6 +33,7 @@ from .trials import Trials
 __all__ = ["Conversion", "compare", "convert", "fold", "inspect"]
 
 MODES = ("exact", "budget", "all")
+FITS = ("auto", "diagonal", "full")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +112,7 @@ def convert(
     seed: int = 0,
     provider: str = "cpu",
     fold: bool = False,
+    fit: str = "auto",
 ) -> Conversion:
     """Replace the norms of a model by Dynamic Tanh.
 
@@ -124,7 +126,13 @@ def convert(
     floating-point one) within `budget`, in `metric`: "relative", "cosine", "kl" (nats a position)
     or "top1"; "all" converts every norm and reports what that cost. Default: "budget" with
     batches, "exact" without. Sites whose name matches a regular expression of `exclude` (one, or
-    several) keep their norm. fold: exact algebra afterwards, as in `fold`.
+    several) keep their norm.
+
+    fit "diagonal" gives every site a gamma and a beta of one value a channel; "full" a matrix over
+    its channels where the weights of all its readers can take that up (linear layers, 1 x 1
+    convolutions), so that it costs nothing when the model runs; "auto" chooses by the error on
+    held-out rows. The report says which, and why not the other. fold: exact algebra afterwards, as
+    in `fold`.
 
     The model itself stays as it is. The result's `model` has parameters of its own where a norm
     was replaced, and shares all other weights with the original: to change one and keep the other
@@ -134,6 +142,8 @@ def convert(
     samples exceeds the budget twice.
     """
     mode = _checked(mode, batches, budget, metric, seed)
+    if fit not in FITS:
+        raise OptionError(f"fit is {fit!r}; allowed: {', '.join(FITS)}")
     exclude = _patterns(exclude)
     clock = _Clock()
     with clock("capture"):
@@ -156,7 +166,7 @@ def convert(
         probe = _probe(graph, args, kwargs)
         return _concluded(Conversion(rewritten, graph, found, None, report, probe), fold)
     with Shelf(graph) as shelf:
-        trials = Trials(graph, found, split(graph, batches, seed), shelf, output, metric, seed)
+        trials = Trials(graph, found, split(graph, batches, seed), shelf, output, metric, seed, fit)
         candidates = _candidates(found, exclude)
         with clock("calibrate and plan"):
             if mode == "all":

@@ -24,6 +24,7 @@ __all__ = [
     "VERSION",
     "DytParameters",
     "Form",
+    "Mix",
     "evaluate",
     "fused_name",
     "initial_alpha",
@@ -128,6 +129,23 @@ class DytParameters:
                 value = np.full(shape, neutral[name], np.float32)
             filled[name] = value
         return filled
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """What the readers of a bare DyT take up in their weights: y = tanh(alpha x) matrix + offset.
+
+    matrix: float32 [channels, channels], from those of tanh to those of y; offset: float32
+    [channels]. They are 4 C (C + 1) bytes for C channels.
+    """
+
+    matrix: Array
+    offset: Array
+
+    def __call__(self, squashed: Array, axis: int = -1) -> Array:
+        """y of tanh(alpha x), whose channels lie along `axis`."""
+        mixed = np.moveaxis(squashed, axis, -1) @ self.matrix + self.offset
+        return np.moveaxis(mixed, -1, axis)
 
 
 def evaluate(parameters: DytParameters, x: Array) -> Array:

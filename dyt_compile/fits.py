@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .dyt import DytParameters, evaluate
 
-__all__ = ["Fit", "RowSample", "fit_diagonal", "relative_error"]
+__all__ = ["ROWS", "Fit", "RowSample", "fit_diagonal", "relative_error"]
 
 Array = npt.NDArray[np.float32]
 Statistics = npt.NDArray[np.float64]

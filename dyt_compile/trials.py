@@ -31,11 +31,13 @@ class Trials:
         output: str,
         metric: str,
         seed: int,
+        fit: str,
     ) -> None:
         self._graph = graph
         self._match = found
         self._samples = samples
         self._seed = seed
+        self._fit = fit
         self._output = output
         self._metric = metric
         self._shelf = shelf
@@ -52,9 +54,7 @@ class Trials:
     def plan(self, candidates: Sequence[str], budget: float) -> Plan:
         """Sensitivities from each site alone, then the search for the largest affordable set."""
         if self.isolated is None:
-            self.isolated = calibrate(
-                self._graph, self._match, self._samples.fit, convert=(), seed=self._seed
-            )
+            self.isolated = self._calibrated(())
             self._sensitivities = {
                 name: self._alone(self.isolated, name)
                 for name in track(candidates, "measuring sites", len(candidates))
@@ -73,11 +73,19 @@ class Trials:
         return self._reference("report").measure(rewritten)
 
     def _attempt(self, names: frozenset[str]) -> Attempt:
-        fitted = calibrate(
-            self._graph, self._match, self._samples.fit, convert=self._tied(names), seed=self._seed
-        )
+        fitted = self._calibrated(self._tied(names))
         measured = self._planning.measure(self._rewritten(fitted))
         return Attempt(names & fitted.converted, fitted, measured)
+
+    def _calibrated(self, names: Collection[str]) -> Calibration:
+        return calibrate(
+            self._graph,
+            self._match,
+            self._samples.fit,
+            convert=names,
+            seed=self._seed,
+            fit=self._fit,
+        )
 
     def _rewritten(self, fitted: Calibration) -> Graph:
         return rewrite(self._graph, self._match, fitted, fitted.converted)

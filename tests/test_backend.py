@@ -103,7 +103,7 @@ def _inputs(rows: int = 4) -> Tensor:
 
 
 def _converted(model: nn.Module, mode: str = "all") -> dyt_compile.Conversion:
-    return dyt_compile.convert(model, [(_inputs(8),) for _ in range(4)], mode=mode)
+    return dyt_compile.convert(model, [(_inputs(8),) for _ in range(4)], mode=mode, fit="diagonal")
 
 
 def _calibration(result: dyt_compile.Conversion) -> Calibration:
@@ -444,7 +444,9 @@ class Viewed(nn.Module):
 
 def test_result_has_the_layout_of_the_norms() -> None:
     model, x = Viewed().eval(), torch.randn(4, WIDTH, 5)
-    result = dyt_compile.convert(model, [(torch.randn(8, WIDTH, 5),)] * 4, mode="all")
+    result = dyt_compile.convert(
+        model, [(torch.randn(8, WIDTH, 5),)] * 4, mode="all", fit="diagonal"
+    )
     inner = Counting()
     made = dyt_compile.backend(calibration=_calibration(result), inner=inner)
     assert _close(torch.compile(model, backend=made)(x), result.model(x))

@@ -747,8 +747,10 @@ def _fresh(model: nn.Module) -> nn.Module:
 @pytest.mark.core
 def test_converted_module_shares_the_weights_that_it_keeps(model: nn.Module) -> None:
     result = convert(model, _batches(2), mode="all")
-    own = dict(result.model.named_parameters())
-    assert own["head.weight"].data_ptr() == dict(model.named_parameters())["head.weight"].data_ptr()
+    own, original = dict(result.model.named_parameters()), dict(model.named_parameters())
+    weight = "blocks.0.down.weight"
+    assert own[weight].data_ptr() == original[weight].data_ptr()
+    assert own["head.weight"].data_ptr() != original["head.weight"].data_ptr()  # took a matrix up
     assert not any("norm.weight" in name or "norm.bias" in name for name in own)
 
 
@@ -769,8 +771,20 @@ def test_converted_module_saves_and_loads_its_state(model: nn.Module, tmp_path: 
 @pytest.mark.core
 def test_converted_module_names_its_parameters_by_site(everything: Conversion) -> None:
     names = set(everything.model.state_dict())
+    assert {site.fit for site in everything.report.sites} == {"full"}
+    assert {f"{site}.alpha" for site in SITES} <= names
+    assert not any(name.endswith(("gamma", "beta")) for name in names)
+
+
+def test_converted_module_names_gamma_and_beta_of_diagonal_fits(model: nn.Module) -> None:
+    names = set(convert(model, _batches(), mode="all", fit="diagonal").model.state_dict())
     for site in SITES:
         assert {f"{site}.{name}" for name in ("alpha", "gamma", "beta")} <= names
+
+
+def test_convert_with_an_unknown_fit_is_refused(model: nn.Module) -> None:
+    with pytest.raises(OptionError, match="fit is 'best'; allowed: auto, diagonal, full"):
+        convert(model, _batches(2), mode="all", fit="best")
 
 
 @pytest.mark.core

@@ -18,13 +18,13 @@ ROOT = Path(dyt_compile.__file__).parent
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress"),
-    ("terms", "batches", "files", "fits", "metrics", "nn", "huggingface", "scatter"),
-    ("sites", "proof", "calibration", "channels", "constants", "producers", "views"),
+    ("terms", "batches", "files", "fits", "ridge", "metrics", "nn", "huggingface", "scatter"),
+    ("sites", "proof", "calibration", "channels", "constants", "producers", "mixing", "views"),
     ("checkpoints", "losses", "training"),
     # a model as a graph, and what runs it
     ("graphs", "runtime"),
     # the user's samples as native values of a graph
-    ("data", "shelf"),
+    ("data", "shelf", "revision"),
     ("passes",),
     ("exporters", "backends"),
     ("report", "trials"),

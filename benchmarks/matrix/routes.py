@@ -109,7 +109,10 @@ class Subject:
     def conversion(self) -> Conversion:
         given = [self.system.inputs(self.model, SAMPLES, seed) for seed in range(BATCHES)]
         return dyt_compile.convert(
-            self.model, [(inputs.args, inputs.kwargs) for inputs in given], mode="all"
+            self.model,
+            [(inputs.args, inputs.kwargs) for inputs in given],
+            mode="all",
+            fit="diagonal",  # torch.compile takes no other
         )
 
     @cached_property

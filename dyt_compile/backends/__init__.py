@@ -228,8 +228,7 @@ def _known_object(calibration: Calibration | None) -> Known:
 def _hash(calibration: Calibration) -> str:
     hasher = hashlib.sha256(json.dumps(sorted(calibration.converted)).encode())
     for name, fit in calibration.fits.items():
-        held = {} if fit.parameters is None else fit.parameters.named()
-        for role, value in held.items():
+        for role, value in fit.arrays().items():
             hasher.update(f"{name}/{role}{value.shape}".encode())
             hasher.update(np.ascontiguousarray(value, np.float32).tobytes())
     return hasher.hexdigest()

@@ -60,6 +60,7 @@ class Known:
     def __init__(
         self, calibration: Calibration | None, model: torch.nn.Module | None = None
     ) -> None:
+        _check_diagonal(calibration)
         self.calibration = calibration
         self._sketches = {} if calibration is None else calibration.sketches()
         self._gammas = WeakIdKeyDictionary()
@@ -206,6 +207,17 @@ class Known:
             found = self._gammas[tensor] = _Gamma(digest(array), sketch(array), version)
         known: _Gamma = found
         return known
+
+
+def _check_diagonal(calibration: Calibration | None) -> None:
+    """Raise CalibrationError for fits that live in weights: a frame's weights are its model's."""
+    fits = {} if calibration is None else calibration.fits
+    for name, fit in fits.items():
+        if fit.mix is not None:
+            raise CalibrationError(
+                f"site {name!r} has a full fit, which goes into the weights of its readers; "
+                "torch.compile takes diagonal ones alone: calibrate with fit='diagonal'"
+            )
 
 
 class Values:

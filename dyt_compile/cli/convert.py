@@ -38,6 +38,14 @@ class Metric(str, Enum):
     top1 = "top1"
 
 
+class FitMethod(str, Enum):
+    """What is fitted at a site."""
+
+    auto = "auto"
+    diagonal = "diagonal"
+    full = "full"
+
+
 class Dtype(str, Enum):
     """In which type the exported model computes."""
 
@@ -66,6 +74,10 @@ def convert(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Keep sites whose name matches this REGEX.")
     ] = None,
+    fit: Annotated[
+        FitMethod,
+        typer.Option(help="One value a channel, or a matrix that the weights behind take up."),
+    ] = FitMethod.auto,
     batch_size: BatchSize = 32,
     opset: Annotated[
         int | None, typer.Option(help="18 to 23; default: 20, or the ONNX file's own.")
@@ -114,6 +126,7 @@ def convert(
             seed=seed,
             provider=provider,
             fold=fold,
+            fit=fit.value,
         )
         written, told = write_model(
             result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider

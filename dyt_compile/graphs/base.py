@@ -90,8 +90,13 @@ class Graph(Protocol):
         """A native value of the dtype of `like`."""
         ...
 
-    def replace(self, replacements: Iterable[tuple[NormSite, DytParameters]]) -> Graph:
-        """A new graph in which DyT stands at each named site; its terms are matched anew."""
+    def replace(
+        self, replacements: Iterable[tuple[NormSite, DytParameters]], edits: Iterable[Edit] = ()
+    ) -> Graph:
+        """A new graph in which DyT stands at each named site; its terms are matched anew.
+
+        edits: of terms outside the norms of those sites, made as by `revise`.
+        """
         ...
 
     def revise(self, edits: Iterable[Edit]) -> Graph:

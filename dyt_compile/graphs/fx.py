@@ -164,20 +164,13 @@ class FxGraph:
         dtype = getattr(torch, like.dtype or "float32")
         return as_tensor(array).to(self._device(), dtype)
 
-    def replace(self, replacements: Iterable[tuple[NormSite, DytParameters]]) -> FxGraph:
+    def replace(
+        self, replacements: Iterable[tuple[NormSite, DytParameters]], edits: Iterable[Edit] = ()
+    ) -> FxGraph:
         """A new graph with DyT at the given sites; other parameters are shared, not copied."""
         graph, copies = self._copied()
-        calls = [(site, values, _put(graph, copies, site, values)) for site, values in replacements]
-        graph.eliminate_dead_code()
-        attributes = self._attributes(graph)
-        for site, values, call in calls:
-            attributes |= self._attach(graph, call, site, values, attributes)
-        return self._over(attributes, graph)
-
-    def revise(self, edits: Iterable[Edit]) -> FxGraph:
-        """A new graph with the edits made; other parameters are shared, not copied."""
-        graph, copies = self._copied()
         held = make_edits(graph, copies, edits)
+        calls = [(site, values, _put(graph, copies, site, values)) for site, values in replacements]
         graph.eliminate_dead_code()
         used = {node: stored for node, stored in held.items() if node.users}
         attributes = self._attributes(graph, set(used))
@@ -186,7 +179,13 @@ class FxGraph:
             dtype = getattr(torch, used[node].dtype)
             tensor = as_tensor(used[node].array).to(self._device(), dtype, copy=True)
             attributes[path] = torch.nn.Parameter(tensor, requires_grad=dtype.is_floating_point)
+        for site, values, call in calls:
+            attributes |= self._attach(graph, call, site, values, attributes)
         return self._over(attributes, graph)
+
+    def revise(self, edits: Iterable[Edit]) -> FxGraph:
+        """A new graph with the edits made; other parameters are shared, not copied."""
+        return self.replace((), edits)
 
     def with_weights(self, weights: Mapping[str, torch.Tensor]) -> FxGraph:
         """A new graph that holds these weights under their paths; all others are shared."""

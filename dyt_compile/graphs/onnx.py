@@ -156,10 +156,17 @@ class OnnxGraph:
         """The array in the dtype of `like`."""
         return array.astype(_numpy_dtype(like.dtype), copy=False)
 
-    def replace(self, replacements: Iterable[tuple[NormSite, DytParameters]]) -> OnnxGraph:
-        """A new graph with DyT at the given sites; the weights are shared, not copied."""
+    def replace(
+        self, replacements: Iterable[tuple[NormSite, DytParameters]], edits: Iterable[Edit] = ()
+    ) -> OnnxGraph:
+        """A new graph with DyT at the given sites; the other weights are shared, not copied."""
         model, copies = self._copied()
         names = Names(model)
+
+        def hold(stored: Stored) -> ir.Value:
+            return _initializer(model.graph, names, ir.tensor(rounded(stored), name=stored.name))
+
+        make_edits(model.graph, copies, edits, hold)
         for site, parameters in replacements:
             _put(model, copies, names, site, parameters)
         onnx_functions.declare(model)
@@ -168,16 +175,7 @@ class OnnxGraph:
 
     def revise(self, edits: Iterable[Edit]) -> OnnxGraph:
         """A new graph with the edits made; the other weights are shared, not copied."""
-        model, copies = self._copied()
-        names = Names(model)
-
-        def hold(stored: Stored) -> ir.Value:
-            return _initializer(model.graph, names, ir.tensor(rounded(stored), name=stored.name))
-
-        make_edits(model.graph, copies, edits, hold)
-        onnx_functions.declare(model)
-        ir_passes.RemoveUnusedNodesPass()(model)
-        return OnnxGraph(self.name, model, self._provider)
+        return self.replace((), edits)
 
     def _copied(self) -> tuple[ir.Model, dict[ir.Value, ir.Value]]:
         """A copy of the model that shares its weights, and its values by those of the model."""

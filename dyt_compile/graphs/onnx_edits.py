@@ -55,7 +55,7 @@ def _edited(graph: ir.Graph, output: ir.Value, edit: Edit, hold: Hold) -> ir.Val
         call = onnx_functions.call(edit.form, inputs, f"{output.name}_{edit.form.name}")  # type: ignore[arg-type]
         return _behind(graph, output, call)
     if edit.added is not None:
-        add = ir.node("Add", [output, hold(edit.added)], name=f"{node.name}_bias")
+        add = ir.node("Add", [output, hold(edit.added)], name=f"{output.name}_bias")
         add.outputs[0].name = f"{output.name}_biased"
         return _behind(graph, output, add)
     return output

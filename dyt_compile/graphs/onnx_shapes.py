@@ -159,15 +159,18 @@ def _stand_ins(graph: ir.Graph) -> Iterator[None]:
     for node in graph:
         stand_in = STAND_INS.get(node.op_type)
         if stand_in is not None and node.domain in ("", MICROSOFT):
-            stood_in.append((node, node.domain, node.op_type, list(node.inputs)))
+            attributes = list(node.attributes.values())
+            stood_in.append((node, node.domain, node.op_type, list(node.inputs), attributes))
             node.domain, node.op_type = "", stand_in
             if stand_in == "Identity":
                 node.resize_inputs(1)
+                node.attributes.clear()  # Identity has none, and onnx refuses Gelu's
     try:
         yield
     finally:
-        for node, domain, name, inputs in stood_in:
+        for node, domain, name, inputs, attributes in stood_in:
             node.domain, node.op_type = domain, name
+            node.attributes.update((attribute.name, attribute) for attribute in attributes)
             node.resize_inputs(len(inputs))
             for place, value in enumerate(inputs):
                 node.replace_input_with(place, value)

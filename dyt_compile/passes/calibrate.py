@@ -7,7 +7,8 @@ norm puts out for the same samples. What waits between the parts lies on a shelf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,11 +17,13 @@ import numpy.typing as npt
 
 from ..calibration import Calibration, SiteFit, SiteSketch, digest, sketch
 from ..data import Part, attention_mask
-from ..dyt import DytParameters, evaluate
-from ..fits import Fit, RowSample, fit_diagonal, relative_error
+from ..dyt import DytParameters, Mix, evaluate
+from ..fits import ROWS, Fit, RowSample, fit_diagonal, relative_error
 from ..graphs.base import Graph
 from ..graphs.cuts import Stage, stages
+from ..mixing import obstacle
 from ..progress import track
+from ..ridge import ROWS_PER_CHANNEL, fit_full
 from ..scatter import scatter
 from ..shelf import Kept, Shelf
 from ..sites import Match, NormKind, NormSite
@@ -35,14 +38,23 @@ Lane = list[dict[Value, Kept]]
 
 
 def calibrate(
-    graph: Graph, match: Match, samples: Part, *, convert: Collection[str], seed: int
+    graph: Graph,
+    match: Match,
+    samples: Part,
+    *,
+    convert: Collection[str],
+    seed: int,
+    fit: str = "diagonal",
 ) -> Calibration:
     """Fits of every lossy site, the sites named in `convert` applied as the walk goes.
 
+    fit: "diagonal"; "full", where the weights behind a site can take up a matrix; "auto", where
+    they can and its error on held-out rows is smaller, too.
     With `convert` empty, every site is fitted on the original's own activations. A site that
     cannot be fitted keeps its norm, and its fit says why. Calls of one module share their values:
     they are fitted together, the later ones on the original's activations. Deterministic for a
-    seed and an order of the samples, whatever their batches. Memory does not grow with the samples.
+    seed and an order of the samples, whatever their batches. Memory does not grow with the samples:
+    a site takes what `RowSample` and `ridge` hold, a full fit that is kept what `Mix` holds.
     """
     sites = [site for site in match.sites if not site.kind.lossless]
     fits: dict[str, SiteFit] = {}
@@ -53,14 +65,17 @@ def calibrate(
             *_paired(stages(graph, sites)), track(sites, "calibrating", len(sites)), strict=True
         ):
             walk.advance(stage)
-            sample = walk.observe(site, stage, seed)
+            others = later_calls.get(site.name, ())
+            unmixed = _unmixed(site, others, graph, fit)
+            sample = walk.observe(site, stage, _sample(seed, site, unmixed))
             affine = _affine(graph, site)
             if site.tied_to is None:
-                fits[site.name] = _fit(site, sample, later_calls.get(site.name, ()), affine)
+                found = replace(_fit(site, sample, others, affine), unmixed=unmixed)
+                fits[site.name] = found if unmixed else _mixed(found, site, sample, walk, fit)
             else:
-                fits[site.name] = _follow(fits[site.tied_to], site, sample, affine)
-            applied = fits[site.name].parameters if site.name in convert else None
-            walk.apply(site, applied, stage, following)
+                followed = _follow(fits[site.tied_to], site, sample, affine)
+                fits[site.name] = replace(followed, unmixed=unmixed)
+            walk.apply(site, fits[site.name] if site.name in convert else None, stage, following)
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
     return Calibration(MappingProxyType(fits), fingerprint(graph, match), done)
 
@@ -91,11 +106,37 @@ def _later_calls(
     walk = _Walk(graph, shelf, samples)
     for stage, following, site in zip(*_paired(stages(graph, sites)), sites, strict=True):
         walk.advance(stage)
-        sample = walk.observe(site, stage, seed)
+        sample = walk.observe(site, stage, RowSample(seed))
         if site.tied_to is not None:
             found.setdefault(site.tied_to, []).append(sample)
         walk.apply(site, None, stage, following)
     return found
+
+
+def _unmixed(site: NormSite, others: Collection[RowSample], graph: Graph, fit: str) -> str | None:
+    """Why a site gets no full fit, None where it may."""
+    if fit == "diagonal":
+        return "fit is diagonal"
+    if others or site.tied_to is not None:
+        return "its module is called several times"
+    return obstacle(site, graph.outputs)
+
+
+def _sample(seed: int, site: NormSite, unmixed: str | None) -> RowSample:
+    """Larger where a matrix needs more rows."""
+    wanted = 0 if unmixed else ROWS_PER_CHANNEL * (site.channels or 0)
+    return RowSample(seed, wanted) if wanted > ROWS else RowSample(seed)
+
+
+def _mixed(diagonal: SiteFit, site: NormSite, sample: RowSample, walk: _Walk, fit: str) -> SiteFit:
+    """The full fit of a site, or its diagonal one where that is better on held-out rows."""
+    if diagonal.parameters is None or diagonal.fit_error is None:
+        return diagonal
+    full = fit_full(*sample.rows(), lambda: walk.rows(site))
+    if fit == "auto" and not full.error < diagonal.fit_error:
+        reason = f"the full fit's error on held-out rows is {full.error:.3g}, no smaller"
+        return replace(diagonal, unmixed=reason)
+    return replace(diagonal, parameters=full.parameters, mix=full.mix, fit_error=full.error)
 
 
 def _fit(
@@ -159,29 +200,36 @@ class _Walk:
                 for value, result in zip(stage.made, results, strict=True):
                     values[value] = self._shelf.keep(result, value)
 
-    def observe(self, site: NormSite, stage: Stage, seed: int) -> RowSample:
+    def observe(self, site: NormSite, stage: Stage, sample: RowSample) -> RowSample:
+        """Run the original's norm, and offer the site's rows to the sample."""
+        norm = self._norm(site, stage)
+        for original in self._original:
+            original[site.output] = self._shelf.keep(norm(original), site.output)
+        for x, y in self.rows(site):
+            sample.add(x, y)
+        return sample
+
+    def rows(self, site: NormSite) -> Iterator[tuple[Array, Array]]:
         """Rows of the site's input in the converted and of its output in the original model."""
-        sample, norm = RowSample(seed), self._norm(site, stage)
         shapes = [values[site.input].shape for values in self._converted]
         layout = _Layout(site, shapes, self._masks)
         for original, converted, mask in zip(
             self._original, self._converted, self._masks, strict=True
         ):
-            y = norm(original)
-            original[site.output] = self._shelf.keep(y, site.output)
             x = self._graph.to_array(converted[site.input].load())
+            y = self._graph.to_array(original[site.output].load())
             counted = layout.counted(mask, x.shape)
-            sample.add(layout.rows(x)[counted], layout.rows(self._graph.to_array(y))[counted])
-        return sample
+            yield layout.rows(x)[counted], layout.rows(y)[counted]
 
-    def apply(
-        self, site: NormSite, parameters: DytParameters | None, stage: Stage, following: Stage
-    ) -> None:
+    def apply(self, site: NormSite, fit: SiteFit | None, stage: Stage, following: Stage) -> None:
         """Put the site's output into the converted model, and drop what is used no more."""
-        if parameters is not None and self._converted is self._original:
+        applied = fit is not None and fit.parameters is not None
+        if applied and self._converted is self._original:
             self._converted = [dict(values) for values in self._original]
         if self._converted is not self._original:
-            norm = self._norm(site, stage) if parameters is None else self._dyt(site, parameters)
+            norm = self._norm(site, stage)
+            if fit is not None and fit.parameters is not None:
+                norm = self._dyt(site, fit.parameters, fit.mix)
             for values in self._converted:
                 y = norm(values)
                 values[site.output] = self._shelf.keep(y, site.output)
@@ -199,11 +247,12 @@ class _Walk:
         return lambda values: run([values[value].load() for value in start])[0]
 
     def _dyt(
-        self, site: NormSite, parameters: DytParameters
+        self, site: NormSite, parameters: DytParameters, mix: Mix | None
     ) -> Callable[[Mapping[Value, Kept]], Any]:
         def run(values: Mapping[Value, Kept]) -> Any:
             x = self._graph.to_array(values[site.input].load()).astype(np.float32)
-            return self._graph.from_array(evaluate(parameters, x), site.output)
+            y = evaluate(parameters, x)
+            return self._graph.from_array(mix(y, site.axes[0]) if mix else y, site.output)
 
         return run
 

@@ -7,7 +7,6 @@ beta of DyT. Arithmetic is in float64, rounded once to the dtype of the weight.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,20 +14,18 @@ from typing import Any
 import numpy as np
 
 from ..channels import (
-    Array,
     Kind,
     Stop,
     Uptake,
     cannot,
     carried,
     narrowed,
-    product,
 )
 from ..constants import is_fixed, leaves
 from ..dyt import FORMS, Form
-from ..errors import RewriteError
-from ..graphs.base import Edit, Graph, Stored
+from ..graphs.base import Edit, Graph
 from ..producers import Change, changes, holds_bias, pulled
+from ..revision import Revision, name_of
 from ..sites import Match, NormSite
 from ..terms import Op, Term, Value
 
@@ -148,53 +145,22 @@ def _worth_storing(value: Value) -> bool:
 
 
 class _Folder:
-    """The changes found so far, over a graph that itself stays as it is.
-
-    The weights that `carried` asks for are those after the changes.
-    """
+    """What is folded so far, over a graph that itself stays as it is."""
 
     def __init__(self, graph: Graph, inside: Collection[Term]) -> None:
         self.folded: list[Fold] = []
         self.left: list[Left] = []
         self._graph = graph
         self._inside = inside
-        self._stored: dict[Term, Array] = {}
-        self._changes: dict[tuple[Term, int], list[Change]] = defaultdict(list)
+        self._weights = Revision(graph)
         self._removed: dict[Term, int] = {}
         self._forms: dict[Term, Form] = {}
-
-    # The weights, as `channels.Weights` has them.
-
-    def value(self, term: Term, place: int) -> Array:
-        """A constant operand after the changes, in float64; an absent bias is 0."""
-        operand = term.inputs[place]
-        array = (
-            self._constant(operand) if isinstance(operand, Value) else np.asarray(operand or 0.0)
-        )
-        for change in self._changes.get((term, place), ()):
-            array = array * change.array if change.kind is Kind.SCALE else array + change.array
-        return np.asarray(array, np.float64)
-
-    def product(self, uptake: Uptake) -> Array:
-        """What a weight makes of a summand."""
-        return product(uptake, self.value(uptake.term, 1 - uptake.place))
-
-    def _constant(self, value: Value) -> Array:
-        producer = value.producer
-        if producer is not None and producer in self._stored:
-            return self._stored[producer]
-        array = self._graph.constant(value)
-        if array is None:
-            raise RewriteError(f"{value.name!r}: its weights are not loaded (meta tensors)")
-        return array.astype(np.float64)
-
-    # What is folded.
 
     def store(self, value: Value) -> None:
         """Compute a constant once."""
         if value.producer is not None:
-            self._stored[value.producer] = self._constant(value)
-            self.folded.append(Fold(_name(value), "computed", _names(value.consumers)))
+            self._weights.stored[value.producer] = self._weights.constant(value)
+            self.folded.append(Fold(name_of(value), "computed", _names(value.consumers)))
 
     def fold_term(self, term: Term) -> None:
         """Fold a product or a sum with a constant into what makes its operand, or what reads it."""
@@ -202,7 +168,7 @@ class _Folder:
         if place is None:
             return
         kind = Kind.SCALE if term.op in (Op.MUL, Op.DIV) else Kind.SHIFT
-        array = narrowed(self.value(term, place))
+        array = narrowed(self._weights.value(term, place))
         with np.errstate(divide="ignore"):
             array = 1 / array if term.op is Op.DIV else -array if term.op is Op.SUB else array
         source = term.inputs[1 - place]
@@ -213,14 +179,14 @@ class _Folder:
         if not isinstance(back, str):
             self._take(term, place, kind, back)
             return
-        ahead = carried(term.output, array, kind, outputs, self, self._removed)
+        ahead = carried(term.output, array, kind, outputs, self._weights, self._removed)
         if not isinstance(ahead, Stop):
             self._take(term, place, kind, self._changed(ahead, kind))
             return
         operand = term.inputs[place]
         if isinstance(operand, Value) and any(map(_is_learned, leaves(operand))):
             reason = f"{back}, and in its readers it {cannot(ahead)}"
-            self.left.append(Left(_name(operand), kind.name.lower(), reason))
+            self.left.append(Left(name_of(operand), kind.name.lower(), reason))
 
     def fold_site(self, site: NormSite) -> None:
         """Fold beta, then gamma, of a DyT; there is no form with beta alone."""
@@ -235,12 +201,13 @@ class _Folder:
             if smaller is None:
                 self.left.append(Left(site.name, what, _formless(form, what)))
                 continue
-            array = self.value(term, 1 + form.parameters.index(what))
-            ahead = carried(site.output, array, kind, self._graph.outputs, self, self._removed)
+            array = self._weights.value(term, 1 + form.parameters.index(what))
+            outputs = self._graph.outputs
+            ahead = carried(site.output, array, kind, outputs, self._weights, self._removed)
             if isinstance(ahead, Stop):
                 self.left.append(Left(site.name, what, f"it {cannot(ahead)}"))
                 continue
-            self._apply(self._changed(ahead, kind))
+            self._weights.add(self._changed(ahead, kind))
             self._forms[term] = form = smaller
             self.folded.append(Fold(site.name, what, _names(u.term for u in ahead)))
 
@@ -271,57 +238,26 @@ class _Folder:
         return term.op is Op.ADD and made is not None and is_product and not holds_bias(made)
 
     def _changed(self, uptakes: Sequence[Uptake], kind: Kind) -> tuple[Change, ...]:
-        return tuple(change for uptake in uptakes for change in changes(uptake, kind, self))
+        return tuple(made for uptake in uptakes for made in changes(uptake, kind, self._weights))
 
     def _take(self, term: Term, place: int, kind: Kind, made: Sequence[Change]) -> None:
         """Make the changes, after which a term changes nothing."""
-        self._apply(made)
+        self._weights.add(made)
         self._removed[term] = 1 - place
         operand = term.inputs[place]
-        name = _name(operand) if isinstance(operand, Value) else term.output.name
+        name = name_of(operand) if isinstance(operand, Value) else term.output.name
         self.folded.append(Fold(name, kind.name.lower(), _names(c.term for c in made)))
-
-    def _apply(self, made: Iterable[Change]) -> None:
-        for change in made:
-            self._changes[change.term, change.place].append(change)
-
-    # The edits that this makes.
 
     def edits(self) -> Iterator[Edit]:
         """One edit a term, in the order of the terms."""
-        touched = {term for term, _ in self._changes}
+        touched, stored = self._weights.touched(), self._weights.stored
         for term in self._graph.terms:
-            if term in self._stored:
-                yield Edit(term, result=self._kept(term.output, self._stored[term]))
+            if term in stored:
+                yield Edit(term, result=self._weights.kept(term.output, stored[term]))
             elif term in self._removed:
                 yield Edit(term, passed=self._removed[term])
             elif term in touched or term in self._forms:
-                yield self._edit(term)
-
-    def _edit(self, term: Term) -> Edit:
-        operands: dict[int, Stored] = {}
-        added = None
-        for place in range(len(term.inputs)):
-            if (term, place) not in self._changes:
-                continue
-            operand, array = term.inputs[place], self.value(term, place)
-            if operand is None and not array.any():
-                continue  # a bias that is not there, scaled
-            if isinstance(operand, Value):
-                operands[place] = self._kept(operand, array)
-            elif holds_bias(term):
-                operands[place] = self._bias(term, np.broadcast_to(array, _bias_shape(term)))
-            else:
-                added = self._bias(term, array)
-        return Edit(term, operands, added, form=self._forms.get(term))
-
-    def _kept(self, old: Value, array: Array) -> Stored:
-        return Stored(_name(old), array, old.dtype or "float32")
-
-    def _bias(self, term: Term, array: Array) -> Stored:
-        weight = next(v for v in term.inputs[:2] if isinstance(v, Value) and v.constant)
-        scope = _name(weight).rpartition(".")[0] or term.output.name
-        return Stored(f"{scope}.bias", array, weight.dtype or "float32")
+                yield self._weights.edit(term, self._forms.get(term))
 
 
 def _is_learned(leaf: Value) -> bool:
@@ -337,14 +273,6 @@ def _same_type(source: Value, output: Value) -> bool:
     )
 
 
-def _bias_shape(term: Term) -> tuple[int, ...]:
-    """One value for each output channel."""
-    weight = term.inputs[1]
-    shape = weight.shape if isinstance(weight, Value) and weight.shape else ()
-    first = term.op is Op.CONVOLUTION or term.attributes["transposed"]
-    return (shape[0 if first else -1] or 1,)
-
-
 def _without(form: Form, what: str) -> Form | None:
     """The form that lacks one parameter, None where there is none."""
     wanted = tuple(name for name in form.parameters if name != what)
@@ -357,13 +285,6 @@ def _formless(form: Form, what: str) -> str:
     if form.squash == "tanh" and what == "gamma":
         return "its beta stays, and there is no form of DyT with beta alone"
     return f"{form.name} has no form without {what}"
-
-
-def _name(value: Value) -> str:
-    """The path of the parameter that a constant is made of; of several, that of its own shape."""
-    found = sorted(leaves(value), key=lambda leaf: (leaf.shape != value.shape, leaf.name))
-    learned = [leaf for leaf in found if leaf.parameter]
-    return (learned or found)[0].name if found else value.name
 
 
 def _names(terms: Iterable[Term]) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from ..calibration import Calibration
 from ..dyt import DytParameters
 from ..errors import RewriteError
 from ..graphs.base import Graph
+from ..mixing import changes_for
+from ..revision import Revision
 from ..sites import Match, NormKind, NormSite
 from ..terms import Op, Value
 
@@ -21,9 +23,12 @@ def rewrite(
 ) -> Graph:
     """The graph with `convert` replaced by their fits, and DyT that it already holds as one node.
 
+    The matrix of a full fit goes into the weights of the site's readers, exactly (in float64,
+    rounded once); weights that something else reads, too, stay as they are for that.
+
     Raises RewriteError where a site to convert has no fit, or a DyT's weights are not loaded.
     """
-    replacements = []
+    replacements, weights = [], Revision(graph)
     for site in match.sites:
         if site.kind.lossless:
             if not _is_one_node(site):
@@ -34,7 +39,9 @@ def rewrite(
                 reason = "it was not calibrated" if fit is None else fit.reason
                 raise RewriteError(f"site {site.name!r} has no fit: {reason}")
             replacements.append((site, fit.parameters))
-    return graph.replace(replacements)
+            if fit.mix is not None:
+                weights.add(changes_for(site, fit.mix, graph.outputs, weights))
+    return graph.replace(replacements, weights.edits())
 
 
 def _is_one_node(site: NormSite) -> bool:

@@ -73,6 +73,8 @@ def _site_report(
         sigma_median=None if fit is None else fit.sigma_median,
         sigma_peak=None if fit is None else fit.sigma_peak,
         scatter=None if fit is None else fit.scatter,
+        fit=None if fit is None else fit.method,
+        unmixed=None if fit is None else fit.unmixed,
     )
 
 

@@ -53,11 +53,13 @@ SITES = (
     Column("channels", "channels", "count"),
     Column("now", "now", "state", "what computes here after the conversion"),
     Column("alpha", "α", "number", "of the DyT that computes here"),
+    Column("fit", "fit", hint="full: a matrix in its readers' weights; drawn is the diagonal fit"),
     Column("fit_error", "fit error", "number", "relative error of the site's fit on held-out rows"),
     Column("sensitivity", "alone", "number", "error at the output, only this site converted"),
     Column("sigma_median", "σ median", "number", "median over tokens of what the norm divides by"),
     Column("sigma_peak", "σ peak", "number", "largest σ over the median"),
     Column("reason", "why kept"),
+    Column("unmixed", "why no matrix"),
     Column("consumers", "read by"),
 )
 """The table of sites; a new field of `SiteReport` needs one line here."""

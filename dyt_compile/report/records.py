@@ -24,6 +24,7 @@ class SiteReport:
     fit_error: relative error of its fit on held-out rows; sensitivity: error at the model's
     output with this site alone converted. Neither is measured in mode "exact". alpha: what the
     converted model computes with, the mean where the model gave each channel its own.
+    fit: "full", "diagonal", or None without one; unmixed: why not a full one.
     scatter: some inputs and outputs with the fit, used or not; drawn, and not part of the JSON.
     """
 
@@ -39,6 +40,8 @@ class SiteReport:
     sigma_median: float | None
     sigma_peak: float | None
     scatter: Scatter | None = field(default=None, repr=False, compare=False)
+    fit: str | None = None
+    unmixed: str | None = None
 
 
 @dataclass(frozen=True)

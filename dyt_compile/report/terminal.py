@@ -94,18 +94,29 @@ def _joint(names: Sequence[str]) -> str:
 
 def report_table(report: Report) -> RenderableType:
     """What was converted, what it cost, what was kept and why."""
-    table = _table("site", "kind", "now", "alpha", "fit error", "alone")
+    table = _table("site", "kind", "now", "fit", "alpha", "fit error", "alone")
     for site in report.sites:
         now = "DyT" if site.converted else f"norm: {site.reason}"
         table.add_row(
             Text(site.name), site.kind, Text(now, style="green" if site.converted else "yellow"),
+            site.fit or "",
             _figure(site.alpha), _figure(site.fit_error), _figure(site.sensitivity),
         )  # fmt: skip
     parts: list[RenderableType] = [table] if report.sites else []
+    parts += _unmixed_tables(report)
     parts.append(Text(headline(report), style="bold"))
     if report.refusals:
         parts.append(Text(f"{len(report.refusals)} refused; dyt-compile inspect says why"))
     return Group(*parts)
+
+
+def _unmixed_tables(report: Report) -> list[RenderableType]:
+    """Why converted sites have no full fit, like reasons once."""
+    told = [site for site in report.sites if site.converted and site.fit and site.unmixed]
+    table = _table("diagonal fit", "why no matrix")
+    for group in _grouped(told, lambda site: (_alike(site.name), _alike(site.unmixed or ""))):
+        table.add_row(Text(_joint([site.name for site in group])), Text(group[0].unmixed or ""))
+    return [table] if told else []
 
 
 def fold_table(folded: Folded) -> RenderableType:

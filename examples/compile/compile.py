@@ -104,7 +104,7 @@ def main() -> None:
     x = torch.randn(shape, device=device)
 
     batches = [(torch.randn(shape, device=device),) for _ in range(4)]
-    result = dyt_compile.convert(model, batches, mode="all")
+    result = dyt_compile.convert(model, batches, mode="all", fit="diagonal")
     calibration = folder / "calibration.safetensors"
     result.calibration.save(calibration)
 

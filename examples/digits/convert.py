@@ -23,6 +23,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=["budget", "all"], default="budget")
     parser.add_argument("--max-error", type=float, default=0.05)
+    parser.add_argument("--fit", choices=["auto", "diagonal", "full"], default="auto")
     parser.add_argument("--output-folder", type=Path, default=Path("build/digits"))
     return parser.parse_args()
 
@@ -34,10 +35,11 @@ def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
 
 
 def sites_table(report: dyt_compile.Report) -> Table:
-    table = Table("site", "now", "fit error")
+    table = Table("site", "now", "fit", "fit error")
     for site in report.sites:
         fit_error = "" if site.fit_error is None else f"{site.fit_error:.3f}"
-        table.add_row(site.name, "DyT" if site.converted else "norm", fit_error)
+        now = "DyT" if site.converted else "norm"
+        table.add_row(site.name, now, site.fit or "", fit_error)
     return table
 
 
@@ -50,7 +52,12 @@ def main() -> None:
 
     started = time.perf_counter()
     result = dyt_compile.convert(
-        model, list(calibration()), mode=options.mode, budget=options.max_error, metric="relative"
+        model,
+        list(calibration()),
+        mode=options.mode,
+        budget=options.max_error,
+        metric="relative",
+        fit=options.fit,
     )
     exported = dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
     seconds = time.perf_counter() - started
@@ -65,6 +72,7 @@ def main() -> None:
         "budget": report.budget,
         "sites": len(report.sites),
         "converted": sum(site.converted for site in report.sites),
+        "fits": [site.fit for site in report.sites],
         "seconds": seconds,
     }
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")

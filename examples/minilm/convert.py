@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=["budget", "all"], default="budget")
     parser.add_argument("--max-error", type=float, default=0.05)
+    parser.add_argument("--fit", choices=["auto", "diagonal", "full"], default="auto")
     parser.add_argument("--from-onnx", action="store_true", help="convert an ONNX file instead")
     parser.add_argument("--output-folder", type=Path, default=Path("build/minilm"))
     return parser.parse_args()
@@ -71,10 +72,11 @@ def nearest(embedded: Tensor) -> Tensor:
 
 
 def sites_table(report: dyt_compile.Report) -> Table:
-    table = Table("site", "now", "fit error")
+    table = Table("site", "now", "fit", "fit error")
     for site in report.sites:
         fit_error = "" if site.fit_error is None else f"{site.fit_error:.3f}"
-        table.add_row(site.name, "DyT" if site.converted else "norm", fit_error)
+        now = "DyT" if site.converted else "norm"
+        table.add_row(site.name, now, site.fit or "", fit_error)
     return table
 
 
@@ -84,7 +86,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model, _, example = load()
     convert = partial(
-        dyt_compile.convert, mode=options.mode, budget=options.max_error, metric="relative"
+        dyt_compile.convert,
+        mode=options.mode,
+        budget=options.max_error,
+        metric="relative",
+        fit=options.fit,
     )
 
     started = time.perf_counter()
@@ -109,6 +115,7 @@ def main() -> None:
         "budget": report.budget,
         "sites": len(report.sites),
         "converted": sum(site.converted for site in report.sites),
+        "fits": [site.fit for site in report.sites],
         "seconds": seconds,
     }
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -29,9 +29,18 @@ def figures(example: str, folder: Path, *options: str) -> dict[str, Any]:
     return found
 
 
-def test_digits_with_every_norm_converted_keeps_ninety_percent(tmp_path: Path) -> None:
+def test_digits_with_every_norm_converted_keeps_its_accuracy(tmp_path: Path) -> None:
     found = figures("digits", tmp_path, "--mode", "all")
     assert (found["sites"], found["converted"]) == (9, 9)
+    assert found["fits"] == ["full"] * 9
+    assert found["accuracy_after"] >= found["accuracy_before"] - 0.02
+    assert found["error"] <= 0.17
+
+
+def test_digits_with_diagonal_fits_keeps_ninety_percent(tmp_path: Path) -> None:
+    found = figures("digits", tmp_path, "--mode", "all", "--fit", "diagonal")
+    assert (found["sites"], found["converted"]) == (9, 9)
+    assert found["fits"] == ["diagonal"] * 9
     assert found["accuracy_after"] >= 0.90
 
 

@@ -185,13 +185,13 @@ def digits() -> ModuleType:
 def _digits() -> Conversion:
     example = digits()
     model, _ = example.load()
-    return convert(model, list(example.calibration())[:4], mode="all")
+    return convert(model, list(example.calibration())[:4], mode="all", fit="diagonal")
 
 
 def _decoder() -> Conversion:
     torch.manual_seed(0)
     batches = [(tokens(4, 4 + place, place),) for place in range(6)]
-    return convert(Decoder(), batches, mode="all")
+    return convert(Decoder(), batches, mode="all", fit="diagonal")
 
 
 def _partly() -> Conversion:
@@ -199,7 +199,7 @@ def _partly() -> Conversion:
     norms = (nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH), nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH))
     model = nn.Sequential(*map(Residual, norms))
     batches = [(normal(8, 3, WIDTH, seed=place),) for place in range(4)]
-    return convert(model, batches, mode="all", exclude=["^[01]"])
+    return convert(model, batches, mode="all", fit="diagonal", exclude=["^[01]"])
 
 
 def _trained() -> Conversion:
@@ -214,7 +214,7 @@ def _trained() -> Conversion:
 def _image() -> Conversion:
     torch.manual_seed(0)
     batches = [(normal(8, 3, 6, 6, seed=place),) for place in range(4)]
-    return convert(Image(), batches, mode="all")
+    return convert(Image(), batches, mode="all", fit="diagonal")
 
 
 MODELS: dict[str, Callable[[], Conversion]] = {
@@ -850,7 +850,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def from_onnx(source: Path) -> Conversion:
     """It, with its second norm converted."""
-    return convert(source, _onnx_batches(), mode="all", exclude=["^0"])
+    return convert(source, _onnx_batches(), mode="all", fit="diagonal", exclude=["^0"])
 
 
 def _expected(result: Conversion, x: Tensor) -> list[Array]:
@@ -900,7 +900,7 @@ def test_export_leaves_the_torch_model_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("opset", [18, 20])
 def test_older_opset_than_the_file_has_is_reached_or_refused(opset: int, tmp_path: Path) -> None:
     source = _source(tmp_path, 20, external_data=False)
-    result = convert(source, _onnx_batches(), mode="all")
+    result = convert(source, _onnx_batches(), mode="all", fit="diagonal")
     written = export_onnx(result, tmp_path / "model.onnx", opset=opset)
     assert written.opset == opset
     onnx.checker.check_model(str(written.path), full_check=True)
@@ -944,7 +944,7 @@ def test_file_from_onnx_says_nothing_of_the_machine(source: Path, tmp_path: Path
         entry = node.metadata_props.add()
         entry.key, entry.value = "pkg.torch.onnx.stack_trace", f'File "{ROOT}/model.py", line 1'
     onnx.save(proto, tmp_path / "source.onnx")
-    result = convert(tmp_path / "source.onnx", _onnx_batches(), mode="all")
+    result = convert(tmp_path / "source.onnx", _onnx_batches(), mode="all", fit="diagonal")
     text = export_onnx(result, tmp_path / "model.onnx").path.read_bytes()
     assert b"stack_trace" not in text
     assert str(ROOT).encode() not in text
@@ -958,7 +958,7 @@ def test_onnx_input_with_weights_in_another_file_is_exported(tmp_path: Path) -> 
     proto = onnx.load(source)
     onnx.save(proto, source, save_as_external_data=True, location="weights.bin", size_threshold=0)
     assert (folder / "weights.bin").exists()
-    result = convert(source, _onnx_batches(), mode="all")
+    result = convert(source, _onnx_batches(), mode="all", fit="diagonal")
     written = export_onnx(result, tmp_path / "model.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "model.onnx"}
     x = normal(2, 3, WIDTH, seed=7)

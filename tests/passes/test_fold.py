@@ -503,8 +503,8 @@ def test_converted_model_folds_and_exports(tmp_path: Path) -> None:
 
     batches = [(torch.randn(8, T, C),) for _ in range(4)]
     model = Normed().eval()
-    plain = dyt_compile.convert(model, batches, mode="all")
-    result = dyt_compile.convert(model, batches, mode="all", fold=True)
+    plain = dyt_compile.convert(model, batches, mode="all", fit="diagonal")
+    result = dyt_compile.convert(model, batches, mode="all", fold=True, fit="diagonal")
     assert plain.folded is None
     assert result.folded is not None
     assert [entry.what for entry in result.folded.folded] == ["beta", "gamma"]

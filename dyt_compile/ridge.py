@@ -1,0 +1,120 @@
+"""The full fit: a matrix over the channels of tanh, in closed form from sums of products.
+
+For one site of C channels it holds the sums, 8 (2 C^2 + 2 C) bytes in float64, as many again while
+it solves for them, and the sample of rows that alpha and the ridge are chosen on; never the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .dyt import DytParameters, Mix
+from .fits import HELD_OUT
+
+__all__ = ["ROWS_PER_CHANNEL", "FullFit", "GramSums", "fit_full"]
+
+Array = npt.NDArray[np.float32]
+Rows = Iterable[tuple[Array, Array]]
+
+ALPHAS, LOWEST, HIGHEST = 9, 0.05, 6.0
+"""Log-spaced values of alpha times the typical standard deviation of a channel: with a matrix
+behind it, tanh wants a place between linear and bent, and the optimum is flat."""
+
+ROWS_PER_CHANNEL = 8
+"""Rows of the sample for each channel; with fewer the matrix follows the sample's noise."""
+
+RIDGES = (1e-4, 1e-3, 1e-2)
+"""Parts of a channel's own sum of squares that are added to it."""
+
+FLOOR = 1e-6
+"""Part of the mean sum of squares that is added, too: for channels that do not vary."""
+
+
+@dataclass(frozen=True, eq=False)
+class FullFit:
+    """A bare DyT, what its readers take up, and the relative error of both on held-out rows."""
+
+    parameters: DytParameters
+    mix: Mix
+    error: float
+
+
+class GramSums:
+    """Sums of products of rows t and y in float64, about fixed centres so that no digits are lost.
+
+    t, y: [rows, channels]. The sums do not depend on how the rows are split into calls, up to the
+    rounding of float64.
+    """
+
+    def __init__(self, centre_t: Array, centre_y: Array) -> None:
+        self._centres = centre_t.astype(np.float64), centre_y.astype(np.float64)
+        channels, outputs = len(centre_t), len(centre_y)
+        self._rows = 0
+        self._sums = np.zeros(channels), np.zeros(outputs)
+        self._squares = np.zeros((channels, channels))
+        self._products = np.zeros((channels, outputs))
+
+    def add(self, t: Array, y: Array) -> None:
+        """Count rows in."""
+        centred_t, centred_y = t - self._centres[0], y - self._centres[1]
+        self._rows += len(t)
+        self._sums[0][:] += centred_t.sum(axis=0)
+        self._sums[1][:] += centred_y.sum(axis=0)
+        self._squares += centred_t.T @ centred_t
+        self._products += centred_t.T @ centred_y
+
+    def solve(self, ridge: float) -> Mix:
+        """The matrix and the offset of the least squared error plus the ridge, on centred rows."""
+        means = [total / max(self._rows, 1) for total in self._sums]
+        gram = self._squares - self._rows * np.outer(means[0], means[0])
+        products = self._products - self._rows * np.outer(means[0], means[1])
+        diagonal = np.diag(gram).copy()
+        gram[np.diag_indices_from(gram)] += ridge * diagonal + FLOOR * diagonal.mean()
+        matrix = np.linalg.solve(gram, products)
+        offset = self._centres[1] + means[1] - (self._centres[0] + means[0]) @ matrix
+        return Mix(matrix.astype(np.float32), offset.astype(np.float32))
+
+
+def fit_full(x: Array, y: Array, stream: Callable[[], Rows]) -> FullFit:
+    """tanh(alpha x) matrix + offset closest to y in squares, alpha one number for all channels.
+
+    x, y: float32 [rows, channels], a sample in random order that `fit_diagonal` has taken; stream:
+    all rows, in parts. Alpha and the ridge are chosen on every fourth row of the sample, after a
+    fit to the others; matrix and offset are fitted to all rows.
+    """
+    held = np.arange(len(x)) % HELD_OUT == 0
+    trials = [
+        (_error(mix, _squashed(x[held], alpha), y[held]), alpha, ridge)
+        for alpha in _alphas(x)
+        for ridge, mix in _mixes(_squashed(x[~held], alpha), y[~held])
+    ]
+    error, alpha, ridge = min(trials)
+    sums = GramSums(_squashed(x, alpha).mean(axis=0), y.mean(axis=0))
+    for x_part, y_part in stream():
+        sums.add(_squashed(x_part, alpha), y_part)
+    return FullFit(DytParameters(np.array([alpha], np.float32)), sums.solve(ridge), error)
+
+
+def _alphas(x: Array) -> list[float]:
+    deviations = x.std(axis=0, dtype=np.float64)
+    typical = float(np.median(deviations[deviations > 0]))
+    return [float(alpha) for alpha in np.geomspace(LOWEST, HIGHEST, ALPHAS) / typical]
+
+
+def _mixes(t: Array, y: Array) -> Iterator[tuple[float, Mix]]:
+    sums = GramSums(t.mean(axis=0), y.mean(axis=0))
+    sums.add(t, y)
+    return ((ridge, sums.solve(ridge)) for ridge in RIDGES)
+
+
+def _squashed(x: Array, alpha: float) -> Array:
+    return np.asarray(np.tanh(np.float32(alpha) * x))
+
+
+def _error(mix: Mix, t: Array, y: Array) -> float:
+    length = float(np.linalg.norm(y))
+    return float(np.linalg.norm(mix(t) - y)) / length if length else 0.0
