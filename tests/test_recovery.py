@@ -70,7 +70,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def converted(model: nn.Module) -> Conversion:
     """All sites converted; to be read only."""
-    return convert(model, _batches(), mode="all")
+    return convert(model, _batches(), mode="all", fit="diagonal")
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ def test_run_that_becomes_worse_returns_what_came_in(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_weights_are_trained_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     narrow = Network().eval().to(dtype)
-    result = convert(narrow, _batches(), mode="all")
+    result = convert(narrow, _batches(), mode="all", fit="diagonal")
     path = tmp_path / "run.safetensors"
     found = recover(result, _batches(), steps=80, checkpoint=path)
     assert found.report.recovery is not None
@@ -364,7 +364,7 @@ def test_recovery_of_a_trained_model_halves_its_error(digits: ModuleType) -> Non
     model, _ = digits.load()
     batches = list(digits.calibration())
     pixels = digits.images()[2]
-    result = convert(model, batches, mode="all")
+    result = convert(model, batches, mode="all", fit="diagonal")
     found = recover(result, batches, steps=80)
 
     def error(other: nn.Module) -> float:

@@ -46,6 +46,12 @@ class FitMethod(str, Enum):
     full = "full"
 
 
+Fit = Annotated[
+    FitMethod,
+    typer.Option(help="One value a channel, or a matrix that the weights behind take up."),
+]
+
+
 class Dtype(str, Enum):
     """In which type the exported model computes."""
 
@@ -74,10 +80,7 @@ def convert(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Keep sites whose name matches this REGEX.")
     ] = None,
-    fit: Annotated[
-        FitMethod,
-        typer.Option(help="One value a channel, or a matrix that the weights behind take up."),
-    ] = FitMethod.auto,
+    fit: Fit = FitMethod.auto,
     batch_size: BatchSize = 32,
     opset: Annotated[
         int | None, typer.Option(help="18 to 23; default: 20, or the ONNX file's own.")

@@ -14,7 +14,7 @@ from ..progress import reporting
 from ..recovery import recover as recover_conversion
 from ..report.terminal import report_table
 from ..report.writing import check_target, write_report
-from .convert import Metric
+from .convert import Fit, FitMethod, Metric
 from .options import BatchSize, Model, Reports, Verbose
 from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
@@ -53,6 +53,7 @@ def recover(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Keep sites whose name matches this REGEX.")
     ] = None,
+    fit: Fit = FitMethod.auto,
     batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(help="Of the split of the data and its order.")] = 0,
     checkpoint: Annotated[
@@ -86,6 +87,7 @@ def recover(
             output=output,
             example=source.example,
             exclude=tuple(exclude or ()),
+            fit=fit.value,
             seed=seed,
         )
         result = recover_conversion(

@@ -124,9 +124,9 @@ def _inferred(
     """The outputs of a node with the shapes that onnx infers from its inputs' shapes."""
     version = model.opset_imports[""]
     operands = {value.name: value for value in node.inputs if value is not None and value.name}
-    types = {
-        name: ir.to_proto(value).type for name, value in operands.items() if value.type is not None
-    }
+    if any(value.type is None for value in operands.values()):
+        return
+    types = {name: ir.to_proto(value).type for name, value in operands.items()}
     numbers = numbers | {
         name: tensor.numpy()
         for name, tensor in ((name, stored(value)) for name, value in operands.items())
@@ -159,18 +159,15 @@ def _stand_ins(graph: ir.Graph) -> Iterator[None]:
     for node in graph:
         stand_in = STAND_INS.get(node.op_type)
         if stand_in is not None and node.domain in ("", MICROSOFT):
-            attributes = list(node.attributes.values())
-            stood_in.append((node, node.domain, node.op_type, list(node.inputs), attributes))
+            stood_in.append((node, node.domain, node.op_type, list(node.inputs)))
             node.domain, node.op_type = "", stand_in
             if stand_in == "Identity":
                 node.resize_inputs(1)
-                node.attributes.clear()  # Identity has none, and onnx refuses Gelu's
     try:
         yield
     finally:
-        for node, domain, name, inputs, attributes in stood_in:
+        for node, domain, name, inputs in stood_in:
             node.domain, node.op_type = domain, name
-            node.attributes.update((attribute.name, attribute) for attribute in attributes)
             node.resize_inputs(len(inputs))
             for place, value in enumerate(inputs):
                 node.replace_input_with(place, value)

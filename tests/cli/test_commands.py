@@ -245,7 +245,8 @@ def test_convert_writes_a_program_that_runs_without_this_package(
 
 def test_convert_writes_weights(model: str, data: str, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    assert convert(model, "-o", out, "--data", data, "--mode", "all") == 0
+    options = ["--data", data, "--mode", "all", "--fit", "diagonal"]
+    assert convert(model, "-o", out, *options) == 0
     held = load_file(out)
     assert held["0.norm.alpha"].shape == (1,)
     assert {"0.linear.weight", "1.norm.gamma", "1.norm.beta"} <= set(held)
@@ -256,7 +257,7 @@ def test_recover_writes_every_format_and_leaves_no_checkpoint(
     suffix: str, model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, report = tmp_path / f"out{suffix}", tmp_path / "r.json"
-    options = ["--data", data, "--steps", "40", "--report", report]
+    options = ["--data", data, "--fit", "diagonal", "--steps", "40", "--report", report]
     assert run("recover", model, "-o", out, *options) == 0
     printed = capsys.readouterr()
     assert "(before recovery " in printed.out
