@@ -124,9 +124,9 @@ def _inferred(
     """The outputs of a node with the shapes that onnx infers from its inputs' shapes."""
     version = model.opset_imports[""]
     operands = {value.name: value for value in node.inputs if value is not None and value.name}
-    types = {
-        name: ir.to_proto(value).type for name, value in operands.items() if value.type is not None
-    }
+    if any(value.type is None for value in operands.values()):
+        return
+    types = {name: ir.to_proto(value).type for name, value in operands.items()}
     numbers = numbers | {
         name: tensor.numpy()
         for name, tensor in ((name, stored(value)) for name, value in operands.items())

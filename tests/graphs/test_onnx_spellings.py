@@ -477,3 +477,9 @@ def test_value_that_nothing_makes_is_named() -> None:
     source = model("y = Clip(x, other)")
     with pytest.raises(CaptureError, match=r"'other', which the Clip node .* is made by no node"):
         graph(source)
+
+
+def test_shapes_behind_an_unknown_operator_stay_unknown() -> None:
+    source = model("u = f.other(x) l = Shape(x) h = Reshape(u, l) y = LayerNormalization(h, g, b)")
+    (site,) = match(graph(source)).sites
+    assert (site.input.name, site.channels) == ("h", 8)
