@@ -22,7 +22,8 @@ matching alone. It proves the routes, and says nothing of quality.
 
 - **sites**, **kinds**: the calls of norms in one forward pass. Hooks on the modules count them, and
   their outputs show the kind (a constant added to its input does not move a LayerNorm): the
-  matcher has no part in it.
+  matcher has no part in it. Left out, by name in the system, are calls that normalize a weight
+  (learned queries) and calls whose result nothing reads.
 - **refusals**: what `inspect` refuses. Every BatchNorm, GroupNorm and InstanceNorm that is called
   must be among them, and no other module.
 - **full size**: sites found at the real width and depth, on the meta device; seconds of
