@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import ml_dtypes
@@ -120,6 +121,23 @@ def run(model: ir.Model) -> list[Array]:
     return [np.asarray(found) for found in session.run(None, feeds)]
 
 
+@functools.cache
+def rounds_fp16() -> bool:
+    """Whether this ONNX Runtime rounds what it quantizes from fp16 to INT8; 1.24 cuts it off."""
+    steps = []
+    for dtype in TYPES:
+        network = Network(dtype=dtype)
+        value = network.held("value", np.full((1, 3, CHANNELS), 0.9 * SCALE))
+        (found,) = run(network.ended(network.dequantized(network.quantized(value))))
+        steps.append(np.rint(found / SCALE))
+    return bool(np.array_equal(*steps))
+
+
+def skip_unless_rounded(kind: str | None, dtype: str) -> None:
+    if (kind, dtype) == ("int8", "fp16") and not rounds_fp16():
+        pytest.skip("this ONNX Runtime does not round what it quantizes from fp16 to INT8")
+
+
 def same(before: list[Array], after: list[Array]) -> bool:
     return len(before) == len(after) and all(map(np.array_equal, before, after))
 
@@ -141,6 +159,7 @@ def around(form: str, dtype: str, kind: str | None, opset: int, *, residual: boo
 def test_fused_forms_compute_what_stood_apart(
     form: str, residual: bool, kind: str | None, dtype: str
 ) -> None:
+    skip_unless_rounded(kind, dtype)
     opset = 20 if kind is None or dtype == "fp16" else QUANTIZED[kind][1]
     model = around(form, dtype, kind, opset, residual=residual)
     before = run(model)
@@ -334,6 +353,7 @@ def test_names_of_lengths_outlast_the_inference_of_shapes() -> None:
 
 @pytest.mark.parametrize("kind", [None, *QUANTIZED])
 def test_unfuse_gives_the_nodes_that_stood_apart(kind: str | None) -> None:
+    skip_unless_rounded(kind, "fp16")
     model = around("DyT", "fp16", kind, 20, residual=True)
     before = run(model)
     fuse(model)
