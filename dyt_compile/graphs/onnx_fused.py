@@ -53,7 +53,7 @@ def _take_modulations_apart(model: ir.Model) -> None:
     ]  # fmt: skip
     if not norms:
         return
-    varying = set(model.graph.inputs)
+    varying = {value for value in model.graph.inputs if not value.is_initializer()}
     for node in model.graph:
         if not varying.isdisjoint(node.inputs):
             varying.update(node.outputs)

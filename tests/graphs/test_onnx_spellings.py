@@ -433,6 +433,13 @@ def test_modulation_fused_into_a_norm_stays_behind_its_site(norm: str, kind: Nor
     np.testing.assert_allclose(result, evaluate(parameters, x) * (1 + c) + added, rtol=1e-5)
 
 
+def test_gamma_computed_from_an_initializer_that_is_an_input_too_is_no_modulation() -> None:
+    source = model("o = Constant<value_float=1.0>() w = Add(g, o) y = LayerNormalization(x, w, b)")
+    source.graph.inputs.extend(source.graph.initializers.values())
+    (site,) = match(graph(source)).sites
+    assert site.affine == BOTH
+
+
 def test_norm_that_stays_is_fused_with_its_modulation_again() -> None:
     before = model(
         "o = Constant<value_float=1.0>() w = Add(c, o) "
