@@ -13,7 +13,7 @@ from ..errors import OptionError
 from ..progress import reporting
 from ..report.terminal import fold_table, report_table
 from ..report.writing import check_target, write_report
-from .options import BatchSize, Data, Model, ProviderName, Reports, Verbose
+from .options import BatchSize, Data, Exclude, Model, OutputName, ProviderName, Reports, Verbose
 from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
 from .writing import check_out, write_model
@@ -74,12 +74,8 @@ def convert(
     ] = None,
     max_error: Annotated[float, typer.Option(help="The budget of mode budget.")] = 0.05,
     metric: Annotated[Metric, typer.Option(help="What the budget counts.")] = Metric.relative,
-    output: Annotated[
-        str | None, typer.Option(help="The output to measure; default: the first float one.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Keep sites whose name matches this REGEX.")
-    ] = None,
+    output: OutputName = None,
+    exclude: Exclude = None,
     fit: Fit = FitMethod.auto,
     batch_size: BatchSize = 32,
     opset: Annotated[

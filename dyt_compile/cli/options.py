@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["BatchSize", "Data", "Model", "ProviderName", "Reports", "Verbose"]
+__all__ = [
+    "BatchSize", "Data", "Exclude", "Model", "OutputName", "ProviderName", "Reports", "Verbose",
+]  # fmt: skip
 
 MODEL_HELP = (
     "An .onnx file, a .pt2 file, a Hugging Face folder, file.py:function or "
@@ -18,6 +20,12 @@ DATA_HELP = "An .npz file, a folder of them, or file.py:function yielding tuples
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Data = Annotated[str | None, typer.Option(help=DATA_HELP, show_default=False)]
+OutputName = Annotated[
+    str | None, typer.Option(help="The output to measure; default: the first float one.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Keep sites whose name matches this REGEX.")
+]
 BatchSize = Annotated[int, typer.Option(help="Samples a batch, for an .npz file.")]
 ProviderName = Annotated[
     str,

@@ -15,7 +15,7 @@ from ..recovery import recover as recover_conversion
 from ..report.terminal import report_table
 from ..report.writing import check_target, write_report
 from .convert import Fit, FitMethod, Metric
-from .options import BatchSize, Model, Reports, Verbose
+from .options import BatchSize, Exclude, Model, OutputName, Reports, Verbose
 from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
 from .writing import check_out, write_model
@@ -47,12 +47,8 @@ def recover(
     ] = None,
     train: Annotated[Train, typer.Option(help="All weights, or alpha, gamma, beta.")] = Train.all,
     metric: Annotated[Metric, typer.Option(help="What the error counts.")] = Metric.relative,
-    output: Annotated[
-        str | None, typer.Option(help="The output to measure; default: the first float one.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Keep sites whose name matches this REGEX.")
-    ] = None,
+    output: OutputName = None,
+    exclude: Exclude = None,
     fit: Fit = FitMethod.auto,
     batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(help="Of the split of the data and its order.")] = 0,
