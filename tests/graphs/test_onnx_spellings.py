@@ -436,7 +436,9 @@ def test_modulation_fused_into_a_norm_stays_behind_its_site(norm: str, kind: Nor
 def test_gamma_computed_from_an_initializer_that_is_an_input_too_is_no_modulation() -> None:
     source = model("o = Constant<value_float=1.0>() w = Add(g, o) y = LayerNormalization(x, w, b)")
     source.graph.inputs.extend(source.graph.initializers.values())
-    (site,) = match(graph(source)).sites
+    of = graph(source)
+    assert [node.op_type for node in of.apart().graph] == ["Constant", "Add", "LayerNormalization"]
+    (site,) = match(of).sites
     assert site.affine == BOTH
 
 
