@@ -518,3 +518,30 @@ def test_every_norm_that_a_real_model_calls_is_a_site(name: str) -> None:
         assert site.channels == 24
         kind = NormKind.LAYER_NORM if isinstance(norm, nn.LayerNorm) else NormKind.RMS_NORM
         assert site.kind is kind
+
+
+class LearnedQueries(nn.Module):
+    """A decoder that normalizes its queries alone before they have seen the input, as DETR does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 5, CHANNELS))
+        self.norm = nn.LayerNorm(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.queries.expand(x.shape[0], -1, -1))
+        z: Tensor = self.norm(y + x)
+        return z
+
+
+@core
+@pytest.mark.parametrize("rows", ["any", "two"])
+def test_norm_of_learned_queries_is_refused_and_counted_as_a_call(rows: str) -> None:
+    module, inputs = LearnedQueries().eval(), (example(),)
+    static = torch.export.export(module, inputs)
+    found = match(capture(module, inputs) if rows == "any" else capture(static))
+    (site,) = found.sites
+    assert (site.name, site.tied_to) == ("norm#2", None)
+    (refusal,) = found.refusals
+    assert refusal.name == "norm"
+    assert "its input is a weight of the model" in refusal.reason
