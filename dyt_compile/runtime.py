@@ -73,6 +73,7 @@ class Session:
             self._widen(loaded, on_cpu=wanted[0] == CPU)
         if library is not None:
             as_plugins(loaded)
+            register(library)
         with tempfile.TemporaryDirectory(prefix="dyt-compile-") as folder:
             unchanged = isinstance(model, Path) and not changed
             source = str(model) if unchanged else _source(loaded, Path(folder))
@@ -137,6 +138,20 @@ def provider_options(name: str, library: Path | None) -> dict[str, str]:
     if name == TENSORRT and library is not None:
         options["trt_extra_plugin_lib_paths"] = str(library)
     return options
+
+
+def register(library: Path) -> None:
+    """Put a library's plugins into this process's TensorRT.
+
+    ONNX Runtime only opens the library, and ours, one for TensorRT 10 and 11, registers nothing
+    by itself. Raises MissingDependencyError without TensorRT, CaptureError for another library.
+    """
+    if importlib.util.find_spec("tensorrt") is None:
+        raise MissingDependencyError("tensorrt", "gpu")
+    import tensorrt
+
+    if tensorrt.get_plugin_registry().load_library(str(library)) is None:
+        raise CaptureError(f"TensorRT does not take {str(library)!r} as a library of plugins")
 
 
 def as_plugins(model: ir.Model) -> None:

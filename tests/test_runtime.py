@@ -6,7 +6,9 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -265,6 +267,29 @@ def test_session_options_are_taken_by_a_provider_that_is_there() -> None:
     session = Session(_linear("float"))._session
     assert isinstance(session, onnxruntime.InferenceSession)
     assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_library_is_put_into_tensorrts_registry(
+    taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def load_library(path: str) -> object | None:
+        loaded.append(path)
+        return object() if taken else None
+
+    stub = ModuleType("tensorrt")
+    stub.__spec__ = ModuleSpec("tensorrt", None)
+    stub.get_plugin_registry = lambda: SimpleNamespace(load_library=load_library)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", stub)
+    library = tmp_path / "lib.so"
+    if taken:
+        runtime.register(library)
+    else:
+        with pytest.raises(CaptureError, match=r"does not take '.*lib\.so' as a library"):
+            runtime.register(library)
+    assert loaded == [str(library)]
 
 
 def test_dyt_becomes_a_plugin_of_the_tensorrt_provider() -> None:
