@@ -10,11 +10,9 @@ import json
 import time
 from pathlib import Path
 
-import torch
-from model import calibration, images, load
+from model import calibration, compared, load
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 import dyt_compile
 
@@ -26,12 +24,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fit", choices=["auto", "diagonal", "full"], default="auto")
     parser.add_argument("--output-folder", type=Path, default=Path("build/digits"))
     return parser.parse_args()
-
-
-def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
-    with torch.inference_mode():
-        predictions: Tensor = model(pixels).argmax(dim=1)
-    return (predictions == labels).float().mean().item()
 
 
 def sites_table(report: dyt_compile.Report) -> Table:
@@ -47,7 +39,6 @@ def main() -> None:
     options = arguments()
     folder: Path = options.output_folder
     folder.mkdir(parents=True, exist_ok=True)
-    _, _, pixels, labels = images()
     model, _ = load()
 
     started = time.perf_counter()
@@ -66,8 +57,7 @@ def main() -> None:
     for name in ("report.html", "report.json"):
         dyt_compile.write_report(report, folder / name, exported=exported)
     figures = {
-        "accuracy_before": accuracy(model, pixels, labels),
-        "accuracy_after": accuracy(result.model, pixels, labels),
+        **compared(model, result.model),
         "error": report.error,
         "budget": report.budget,
         "sites": len(report.sites),

@@ -72,10 +72,10 @@ class DigitsViT(nn.Module):
         return logits
 
 
-def images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, then test images and labels; always the same split."""
+def images(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images and labels, then test images and labels; a seed gives the split."""
     digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(7))
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(7 + seed))
     pixels = torch.tensor(digits.images / 16, dtype=torch.float32)[order]
     labels = torch.tensor(digits.target)[order]
     return (
@@ -86,14 +86,31 @@ def images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def load() -> tuple[DigitsViT, tuple[Tensor]]:
+def load(weights: Path = WEIGHTS) -> tuple[DigitsViT, tuple[Tensor]]:
     """The trained model in eval mode, and two example images."""
     model = DigitsViT()
-    load_model(model, WEIGHTS)
+    load_model(model, weights)
     return model.eval(), (images()[2][:2],)
+
+
+def batches(seed: int = 0) -> list[tuple[Tensor]]:
+    """The training images as batches, without their labels."""
+    return [(batch,) for batch in images(seed)[0].split(BATCH_SIZE)]
 
 
 def calibration() -> Iterator[tuple[Tensor]]:
     """Batches of training images, without their labels."""
-    for batch in images()[0].split(BATCH_SIZE):
-        yield (batch,)
+    yield from batches()
+
+
+@torch.inference_mode()
+def compared(original: nn.Module, converted: nn.Module, seed: int = 0) -> dict[str, float]:
+    """Figures on the test images: accuracy of both, relative error of the logits, agreement."""
+    _, _, pixels, labels = images(seed)
+    f, g = original(pixels), converted(pixels)
+    return {
+        "accuracy_before": (f.argmax(1) == labels).float().mean().item(),
+        "accuracy_after": (g.argmax(1) == labels).float().mean().item(),
+        "relative_error": ((f - g).norm() / f.norm()).item(),
+        "agreement": (f.argmax(1) == g.argmax(1)).float().mean().item(),
+    }

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-from model import calibration, images, load
-from torch import Tensor, nn
+from model import calibration, compared, load
+from torch import nn
 
 import dyt_compile
 
@@ -23,26 +22,24 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@torch.inference_mode()
-def told(original: nn.Module, model: nn.Module, pixels: Tensor, labels: Tensor) -> str:
-    f, g = original(pixels), model(pixels)
-    error = ((f - g).norm() / f.norm()).item()
-    agreement = (f.argmax(dim=1) == g.argmax(dim=1)).float().mean().item()
-    accuracy = (g.argmax(dim=1) == labels).float().mean().item()
-    return f"relative error {error:.3f}, agreement {agreement:.1%}, accuracy {accuracy:.1%}"
+def told(original: nn.Module, model: nn.Module) -> str:
+    found = compared(original, model)
+    return (
+        f"relative error {found['relative_error']:.3f}, agreement {found['agreement']:.1%}, "
+        f"accuracy {found['accuracy_after']:.1%}"
+    )
 
 
 def main() -> None:
     options = arguments()
-    _, _, pixels, labels = images()
     model, _ = load()
     batches = list(calibration())
     converted = dyt_compile.convert(model, batches, mode="all")
-    print(f"converted: {told(model, converted.model, pixels, labels)}", flush=True)
+    print(f"converted: {told(model, converted.model)}", flush=True)
     recovered = dyt_compile.recover(
         converted, batches, minutes=options.minutes, steps=options.steps, train=options.train
     )
-    print(f"recovered: {told(model, recovered.model, pixels, labels)}")
+    print(f"recovered: {told(model, recovered.model)}")
     recovery = recovered.report.recovery
     if recovery is not None:
         print(f"{recovery.steps} steps in {recovery.seconds:.0f} s, train {recovery.train!r}")

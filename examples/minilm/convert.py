@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
-from model import SentenceEncoder, batches, calibration, load, sentences
+from model import Encoder, SentenceEncoder, calibration, compared, load
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -25,7 +24,6 @@ from torch.export import Dim
 import dyt_compile
 
 Batch = dict[str, Tensor]
-Encoder = Callable[[Batch], Tensor]
 
 
 def arguments() -> argparse.Namespace:
@@ -61,16 +59,6 @@ def onnx_encoder(path: Path) -> Encoder:
     return lambda batch: torch.from_numpy(session.run(None, as_numpy(batch))[0])
 
 
-def embeddings(encode: Encoder, held_out: list[Batch]) -> Tensor:
-    with torch.inference_mode():
-        return torch.cat([encode(batch) for batch in held_out])
-
-
-def nearest(embedded: Tensor) -> Tensor:
-    """For each embedding, the row of the most similar other one."""
-    return (embedded @ embedded.T).fill_diagonal_(-1).argmax(dim=1)
-
-
 def sites_table(report: dyt_compile.Report) -> Table:
     table = Table("site", "now", "fit", "fit error")
     for site in report.sites:
@@ -102,15 +90,11 @@ def main() -> None:
     exported = dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
     seconds = time.perf_counter() - started
 
-    held_out = batches(sentences()[1])
-    before = embeddings(lambda batch: model(**batch), held_out)
-    after = embeddings(onnx_encoder(folder / "model.onnx"), held_out)
     report = result.report
     for name in ("report.html", "report.json"):
         dyt_compile.write_report(report, folder / name, exported=exported)
     figures = {
-        "cosine_similarity": (before * after).sum(dim=1).mean().item(),
-        "nearest_neighbour_agreement": (nearest(before) == nearest(after)).float().mean().item(),
+        **compared(lambda batch: model(**batch), onnx_encoder(folder / "model.onnx")),
         "error": report.error,
         "budget": report.budget,
         "sites": len(report.sites),
@@ -123,7 +107,7 @@ def main() -> None:
     console = Console()
     console.print(sites_table(report))
     console.print(
-        f"{len(before)} held-out sentences: cosine similarity {figures['cosine_similarity']:.4f}, "
+        f"held-out sentences: cosine similarity {figures['cosine_similarity']:.4f}, "
         f"nearest neighbour agreement {figures['nearest_neighbour_agreement']:.1%}; "
         f"{figures['converted']} of {figures['sites']} norms converted; "
         f"output error {report.error:.3f} (budget {options.max_error}, mode {options.mode})"

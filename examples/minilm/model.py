@@ -5,9 +5,11 @@ own help topics, so that nothing has to be downloaded. Convert it with
 `dyt-compile convert examples/minilm/model.py:load --data examples/minilm/model.py:calibration`.
 """
 
+import ast
 import random
 import re
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -26,6 +28,7 @@ PADDING = 0
 BATCH_SIZE = 32
 CALIBRATION_SENTENCES = 384
 HELD_OUT_SENTENCES = 300
+DOCSTRING_SENTENCES = 4000
 
 
 class SentenceEncoder(nn.Module):
@@ -54,16 +57,37 @@ def load() -> tuple[SentenceEncoder, tuple[()], dict[str, Tensor]]:
     return model.eval(), (), batches(sentences()[0][:4])[0]
 
 
-def sentences() -> tuple[list[str], list[str]]:
-    """English sentences for calibration, and others held out; the same in every run."""
+def sentences(seed: int = 0) -> tuple[list[str], list[str]]:
+    """English sentences for calibration, and others held out; a seed gives the split."""
+    shuffled = shuffled_prose(topics.values(), seed)
+    return shuffled[HELD_OUT_SENTENCES:], shuffled[:HELD_OUT_SENTENCES]
+
+
+def docstrings(seed: int = 0) -> list[str]:
+    """More sentences to learn from, of the docstrings of Python's standard library."""
+    known = set(shuffled_prose(topics.values(), seed))
+    found = shuffled_prose(documentation(Path(sysconfig.get_path("stdlib"))), seed)
+    return [sentence for sentence in found if sentence not in known][:DOCSTRING_SENTENCES]
+
+
+def documentation(library: Path) -> Iterator[str]:
+    """The docstrings of the modules in a folder, and of its packages but tests."""
+    for path in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "tests"}.isdisjoint(path.parts):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    yield ast.get_docstring(node) or ""
+
+
+def shuffled_prose(texts: Iterable[str], seed: int) -> list[str]:
+    """The sentences of texts, each once."""
     found = {
         sentence
-        for topic in topics.values()
-        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(topic.split()))
+        for text in texts
+        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(text.split()))
         if is_prose(sentence)
     }
-    shuffled = random.Random(0).sample(sorted(found), len(found))
-    return shuffled[HELD_OUT_SENTENCES:], shuffled[:HELD_OUT_SENTENCES]
+    return random.Random(seed).sample(sorted(found), len(found))
 
 
 def is_prose(sentence: str) -> bool:
@@ -85,7 +109,36 @@ def batches(texts: list[str]) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids, "attention_mask": (ids != PADDING).long()} for ids in padded]
 
 
+def mixed(texts: list[str], seed: int = 0) -> list[dict[str, Tensor]]:
+    """The texts as padded batches, in an order that mixes short and long ones."""
+    by_length = batches(texts)
+    return random.Random(seed).sample(by_length, len(by_length))
+
+
 def calibration() -> Iterator[dict[str, Tensor]]:
     """Batches of calibration sentences, in an order that mixes short and long ones."""
-    by_length = batches(sentences()[0][:CALIBRATION_SENTENCES])
-    yield from random.Random(0).sample(by_length, len(by_length))
+    yield from mixed(sentences()[0][:CALIBRATION_SENTENCES])
+
+
+Encoder = Callable[[dict[str, Tensor]], Tensor]
+
+
+@torch.inference_mode()
+def compared(original: Encoder, converted: Encoder, seed: int = 0) -> dict[str, float]:
+    """Figures of the held-out sentences' embeddings.
+
+    The mean cosine of both embeddings of a sentence, the share of sentences that keep their
+    nearest neighbour among the others, and the relative error.
+    """
+    held_out = batches(sentences(seed)[1])
+    f, g = (torch.cat([run(batch) for batch in held_out]) for run in (original, converted))
+    return {
+        "cosine_similarity": (f * g).sum(dim=1).mean().item(),
+        "nearest_neighbour_agreement": (nearest(f) == nearest(g)).float().mean().item(),
+        "relative_error": ((f - g).norm() / f.norm()).item(),
+    }
+
+
+def nearest(embedded: Tensor) -> Tensor:
+    """For each embedding, the row of the most similar other one."""
+    return (embedded @ embedded.T).fill_diagonal_(-1).argmax(dim=1)

@@ -1,0 +1,40 @@
+"""The held-out error over the minutes of recovery, a panel a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .subjects import SUBJECTS
+
+__all__ = ["draw"]
+
+METRICS = {"relative": "relative error", "cosine": "1 − cosine", "kl": "KL, nats"}
+
+
+def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Write an SVG. results: as benchmarks/results/fidelity.json holds them."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "fidelity"
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(3.6 * len(results), 3.2), layout="constrained", squeeze=False
+    )
+    for (name, rows), panel in zip(results.items(), panels[0], strict=True):
+        for seed, row in rows.items():
+            minutes = row["seconds"]["recover"] / 60
+            ended = row["curve"][-1][0]
+            times = [share / ended * minutes for share, _ in row["curve"]]
+            errors = [error for _, error in row["curve"]]
+            panel.plot(times, errors, marker=".", label=f"seed {seed}")
+        panel.set(title=SUBJECTS[name].title, xlabel="minutes", yscale="log")
+        panel.set_ylabel(METRICS[SUBJECTS[name].metric])
+        panel.title.set_fontsize("medium")
+        panel.grid(which="both", alpha=0.3)
+        panel.legend()
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    plt.close(figure)
