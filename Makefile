@@ -1,10 +1,13 @@
 # `make help` lists the targets.
 # Settable: PYTHON (3.10 or newer, makes the environments), PYTEST_ARGS (handed on to pytest),
-# MATRIX_ARGS (handed on to the matrix: --only REGEX, --quick, --jobs N).
+# MATRIX_ARGS (handed on to the matrix: --only REGEX, --quick, --jobs N), SEEDS and FIDELITY_ARGS
+# (of fidelity: --minutes N, --only MODEL, --threads N).
 
 PYTHON      ?= python3
 PYTEST_ARGS ?= -n auto --dist loadfile
 MATRIX_ARGS ?=
+SEEDS       ?= 1
+FIDELITY_ARGS ?=
 
 VENV    := .venv
 OLDEST  := .venv-minimum
@@ -14,7 +17,7 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix screenshot lint types format setup-minimum test-minimum clean
+.PHONY: help setup demo test matrix fidelity screenshot lint types format setup-minimum test-minimum clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -29,6 +32,9 @@ test: setup  ## run the whole test suite
 
 matrix: setup  ## take every architecture every way, and write docs/matrix.md (an hour)
 	@$(TEST_ENV) $(BIN)/python -m benchmarks.matrix $(MATRIX_ARGS)
+
+fidelity: setup  ## convert and recover three models, and write docs/fidelity.md (40 minutes a seed)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.fidelity --seeds $(SEEDS) $(FIDELITY_ARGS)
 
 screenshot: setup  ## take the README's picture of a report, docs/report.png (needs chromium)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.screenshot

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .subjects import SUBJECTS
+from .subjects import SUBJECTS, Subject
 
 __all__ = ["draw"]
 
-METRICS = {"relative": "relative error", "cosine": "1 − cosine", "kl": "KL, nats"}
+METRICS = {
+    "relative": ("relative error", "relative error"),
+    "cosine": ("1 − cosine", "cosine"),
+    "kl": ("KL, nats a character", "KL, nats a character"),
+}
+"""What stands at the axis, and the title of the figure whose bars are drawn."""
+
+BARS = {"floor": "--", "goal": ":"}
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -32,9 +39,19 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             errors = [error for _, error in row["curve"]]
             panel.plot(times, errors, marker=".", label=f"seed {seed}")
         panel.set(title=SUBJECTS[name].title, xlabel="minutes", yscale="log")
-        panel.set_ylabel(METRICS[SUBJECTS[name].metric])
+        for bar, height in _bars(SUBJECTS[name]).items():
+            panel.axhline(height, color="gray", linestyle=BARS[bar], label=bar)
+        panel.set_ylabel(METRICS[SUBJECTS[name].metric][0])
         panel.title.set_fontsize("medium")
         panel.grid(which="both", alpha=0.3)
         panel.legend()
     figure.savefig(path, format="svg", metadata={"Date": None})
     plt.close(figure)
+
+
+def _bars(subject: Subject) -> dict[str, float]:
+    """Floor and goal of the recovered model, as errors."""
+    title = METRICS[subject.metric][1]
+    figure = next(figure for figure in subject.figures if figure.title == title)
+    limits = {bar: getattr(figure.bars["recovered"], bar) for bar in BARS}
+    return {bar: 1 - limit if figure.higher else limit for bar, limit in limits.items()}

@@ -10,6 +10,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,7 +29,7 @@ PADDING = 0
 BATCH_SIZE = 32
 CALIBRATION_SENTENCES = 384
 HELD_OUT_SENTENCES = 300
-DOCSTRING_SENTENCES = 4000
+DOCSTRING_SENTENCES = 2500
 
 
 class SentenceEncoder(nn.Module):
@@ -70,13 +71,16 @@ def docstrings(seed: int = 0) -> list[str]:
     return [sentence for sentence in found if sentence not in known][:DOCSTRING_SENTENCES]
 
 
-def documentation(library: Path) -> Iterator[str]:
-    """The docstrings of the modules in a folder, and of its packages but tests."""
-    for path in sorted(library.rglob("*.py")):
-        if {"site-packages", "test", "tests"}.isdisjoint(path.parts):
-            for node in ast.walk(ast.parse(path.read_bytes())):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                    yield ast.get_docstring(node) or ""
+@cache
+def documentation(library: Path) -> tuple[str, ...]:
+    """The docstrings of the modules in a folder and its subfolders, tests apart."""
+    return tuple(
+        ast.get_docstring(node) or ""
+        for path in sorted(library.rglob("*.py"))
+        if {"site-packages", "test", "tests"}.isdisjoint(path.parts)
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+    )
 
 
 def shuffled_prose(texts: Iterable[str], seed: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The three examples, end to end, to the figures that they are held to."""
+"""The examples, end to end, to the figures that they are held to."""
 
 from __future__ import annotations
 
@@ -70,6 +70,23 @@ def test_minilm_from_its_onnx_file_costs_the_same(tmp_path: Path) -> None:
     found = figures("minilm", tmp_path, "--mode", "all", "--from-onnx")
     assert (found["sites"], found["converted"]) == (13, 13)
     assert found["cosine_similarity"] >= 0.82
+
+
+@pytest.mark.slow
+def test_characters_with_every_norm_converted_stay_close(tmp_path: Path) -> None:
+    found = figures("characters", tmp_path, "--mode", "all")
+    assert (found["sites"], found["converted"]) == (9, 9)
+    assert found["fits"] == ["full"] * 9
+    assert found["kl"] <= 0.095
+    assert found["loss_after"] <= found["loss_before"] + 0.1
+
+
+@pytest.mark.slow
+def test_characters_within_a_budget_keep_it_and_convert_some(tmp_path: Path) -> None:
+    found = figures("characters", tmp_path, "--max-error", "0.01")
+    assert found["error"] <= 0.01
+    assert 1 <= found["converted"] < 9
+    assert found["kl"] <= 0.02
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ def run(script: str, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_digits_from_scratch_compares_norms_and_carries_dyt_over(tmp_path: Path) -> None:
     run(
         "digits/from_scratch.py",
