@@ -114,7 +114,7 @@ def _row(error: float) -> dict[str, Any]:
         "recovered": figures,
         "curve": [[0.0, 0.2], [0.5, 0.1]],
         "steps": 10,
-        "seconds": {"fit": 1.0, "recover": 30.0},
+        "seconds": {"fit": 1.0, "recover": 30.0, "whole": 45.0},
         "fits": {"full": 9},
     }
 
@@ -134,6 +134,7 @@ def test_page_tells_mean_range_and_bars() -> None:
     )
     assert "| accuracy lost, points | 1.00 (1.00 to 1.00) | ≤ 2, 2 of 2 |" in page
     assert "digits 0, digits 1: at most 10 minutes of recovery on 2 threads; torch 2." in page
+    assert "- Minutes in all, of wall time: seed 0 0.8, seed 1 0.8." in page
     assert render({"digits": {"0": rows["1"]}}).count("≤ 0.09 ✗") == 1
     assert terminal({"digits": rows}).row_count == 3
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ def sources() -> str:
 def measured(name: str, seed: int, minutes: float) -> Row:
     """One model with one seed: its figures without training, and after it."""
     subject = SUBJECTS[name]
+    started = time.perf_counter()
     kept = f"{name}-{seed}-{sources()}"
     model = subject.model(seed, CACHE / f"{kept}.safetensors")
     batches = subject.batches(seed)
@@ -67,13 +69,17 @@ def measured(name: str, seed: int, minutes: float) -> Row:
     )
     recovery = recovered.report.recovery
     checkpoint.unlink(missing_ok=True)
-    return {
+    found = {
         "training_free": subject.compared(model, converted.model, seed),
         "recovered": subject.compared(model, recovered.model, seed),
         "curve": recovery.curve,
         "steps": recovery.steps,
-        "seconds": {"fit": fitted - began, "recover": recovery.seconds},
         "fits": Counter(str(site.fit) for site in converted.report.sites),
+    }
+    whole = time.perf_counter() - started
+    return {
+        **found,
+        "seconds": {"fit": fitted - began, "recover": recovery.seconds, "whole": whole},
     }
 
 
@@ -81,6 +87,7 @@ def run(names: list[str], seeds: int, minutes: float, done: dict[str, Any]) -> I
     """Add each row to `done`, seed by seed; those that are there already stay."""
     circumstances = {
         **environment(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "minutes": minutes,
         "sources": sources(),

@@ -125,12 +125,16 @@ def _seed(name: str, row: Row) -> str:
 
 
 def _runs(results: Mapping[str, Mapping[str, Row]]) -> str:
-    """Under which circumstances the rows were made; usually all under the same."""
-    found: dict[str, list[str]] = {}
+    """Under which circumstances the rows were made, usually all under the same, and how long."""
+    alike: dict[str, list[str]] = {}
+    minutes: dict[str, float] = {}
     for name, rows in results.items():
         for seed, row in rows.items():
-            found.setdefault(_circumstances(row["run"]), []).append(f"{name} {seed}")
-    lines = [f"- {', '.join(rows)}: {told}." for told, rows in found.items()]
+            alike.setdefault(_circumstances(row["run"]), []).append(f"{name} {seed}")
+            minutes[seed] = minutes.get(seed, 0.0) + row["seconds"]["whole"] / 60
+    lines = [f"- {', '.join(rows)}: {told}." for told, rows in alike.items()]
+    took = ", ".join(f"seed {seed} {took:.1f}" for seed, took in minutes.items())
+    lines.append(f"- Minutes in all, of wall time: {took}.")
     return "\n".join(["## How it was run", "", "Model and seed, and with what:", "", *lines])
 
 
