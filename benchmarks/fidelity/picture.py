@@ -50,8 +50,10 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def _bars(subject: Subject) -> dict[str, float]:
-    """Floor and goal of the recovered model, as errors."""
+    """Floor and goal of the recovered model, as errors; none where it has none."""
     title = METRICS[subject.metric][1]
     figure = next(figure for figure in subject.figures if figure.title == title)
+    if "recovered" not in figure.bars:
+        return {}
     limits = {bar: getattr(figure.bars["recovered"], bar) for bar in BARS}
     return {bar: 1 - limit if figure.higher else limit for bar, limit in limits.items()}

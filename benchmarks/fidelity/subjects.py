@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ from torch import nn
 from dyt_compile.files import replaced
 from examples.characters import model as characters
 from examples.digits import model as digits
+from examples.forecast import model as forecast
 from examples.minilm import model as minilm
 
-__all__ = ["SUBJECTS", "Figure", "Subject"]
+__all__ = ["HELD", "SUBJECTS", "Figure", "Subject"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +99,15 @@ def _sentences(seed: int) -> list[dict[str, Any]]:
     return minilm.mixed(minilm.sentences(seed)[0] + minilm.docstrings(seed), seed)
 
 
+def _windows(seed: int) -> list[Any]:
+    found = list(forecast.calibration())
+    return random.Random(seed).sample(found, len(found))
+
+
+def _forecast(original: nn.Module, converted: nn.Module, seed: int) -> dict[str, float]:
+    return forecast.compared(original, converted)  # another year, whatever the seed
+
+
 def _embedded(original: nn.Module, converted: nn.Module, seed: int) -> dict[str, float]:
     return minilm.compared(lambda batch: original(**batch), lambda batch: converted(**batch), seed)
 
@@ -168,4 +179,20 @@ SUBJECTS = {
         ),
         ROOT / "examples/characters/train.py",
     ),
+    "forecast": Subject(
+        "Fracast-0 forecaster, 36 calls of 8 RMSNorms",
+        "relative",
+        forecast.load,
+        _windows,
+        _forecast,
+        (
+            Figure("pinball loss", _figure("pinball_after"), ".1f", {}),
+            Figure("relative error", _figure("relative_error"), ".3f", {}),
+        ),
+    ),
 }
+
+HELD = tuple(
+    name for name, subject in SUBJECTS.items() if any(figure.bars for figure in subject.figures)
+)
+"""Models that are held to something; no choice was made with a look at the others."""

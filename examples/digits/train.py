@@ -42,13 +42,12 @@ def train(
     *,
     epochs: int = EPOCHS,
     rate: float = RATE,
-    warm_up: float = 0.15,
 ) -> Iterator[float]:
-    """Train epoch by epoch, giving each one's mean loss. warm_up: a share of all steps."""
+    """Train epoch by epoch, giving each one's mean loss; rate: the highest of the run."""
     steps = epochs * math.ceil(len(pixels) / BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=rate, total_steps=steps, pct_start=warm_up
+        optimizer, max_lr=rate, total_steps=steps, pct_start=0.15
     )
     for _ in range(epochs):
         losses = []

@@ -15,15 +15,21 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from model import HORIZON, TEST_YEARS, Network, calibration, forecasts, load, windows
+from model import (
+    TEST_YEARS,
+    Network,
+    calibration,
+    forecasts,
+    load,
+    quality,
+    seasonal_naive,
+    windows,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import dyt_compile
-
-QUANTILES = np.arange(1, 10) / 10
-WEEK = 168
 
 
 def arguments() -> argparse.Namespace:
@@ -42,22 +48,6 @@ def onnx_network(path: Path) -> Network:
         return torch.from_numpy(session.run(None, inputs)[0])
 
     return run
-
-
-def quality(quantiles: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Mean absolute error of the median, and mean pinball loss; hours not counted left out."""
-    missed = truth[..., np.newaxis] - quantiles
-    pinball = np.maximum(QUANTILES * missed, (QUANTILES - 1) * missed)
-    return {
-        "mae": float(np.nanmean(np.abs(missed[..., 4]))),
-        "pinball": float(np.nanmean(pinball)),
-    }
-
-
-def seasonal_naive(contexts: np.ndarray) -> np.ndarray:
-    """The same hours of the week before, as every quantile."""
-    week_ago = contexts[:, -WEEK : HORIZON - WEEK]
-    return np.repeat(week_ago[..., np.newaxis], len(QUANTILES), axis=-1)
 
 
 def sites_table(report: dyt_compile.Report) -> Table:

@@ -22,6 +22,8 @@ HORIZON = 48
 STRIDE = 865
 CALIBRATION_YEARS = ("2024",)
 TEST_YEARS = ("2025",)
+QUANTILES = np.arange(1, 10) / 10
+WEEK = 168
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -109,3 +111,32 @@ def calibration() -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of windows of the calibration years, one place a row."""
     for contexts in windows(CALIBRATION_YEARS)[0]:
         yield network_inputs(contexts)
+
+
+def quality(quantiles: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Mean absolute error of the median, and mean pinball loss; hours not counted left out."""
+    missed = truth[..., np.newaxis] - quantiles
+    pinball = np.maximum(QUANTILES * missed, (QUANTILES - 1) * missed)
+    return {
+        "mae": float(np.nanmean(np.abs(missed[..., 4]))),
+        "pinball": float(np.nanmean(pinball)),
+    }
+
+
+def seasonal_naive(contexts: np.ndarray) -> np.ndarray:
+    """The same hours of the week before, as every quantile."""
+    week_ago = contexts[:, -WEEK : HORIZON - WEEK]
+    return np.repeat(week_ago[..., np.newaxis], len(QUANTILES), axis=-1)
+
+
+@torch.inference_mode()
+def compared(original: Network, converted: Network) -> dict[str, float]:
+    """Figures of the forecasts for the test years, in pedestrians an hour."""
+    contexts, truth = (part.reshape(-1, part.shape[-1]) for part in windows(TEST_YEARS))
+    f, g = (forecasts(network, contexts) for network in (original, converted))
+    return {
+        "pinball_before": quality(f, truth)["pinball"],
+        "pinball_after": quality(g, truth)["pinball"],
+        "pinball_naive": quality(seasonal_naive(contexts), truth)["pinball"],
+        "relative_error": float(np.linalg.norm(g - f) / np.linalg.norm(f)),
+    }

@@ -44,7 +44,7 @@ def test_digits_from_scratch_compares_norms_and_carries_dyt_over(tmp_path: Path)
     assert "<svg" in (tmp_path / "training.svg").read_text()
     for norm, runs in found["runs"].items():
         (losses,) = runs["losses"]
-        assert len(losses) == 3
+        assert len(losses) in (3, 6)
         assert losses[-1] < losses[0], norm
 
 
