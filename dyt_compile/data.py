@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .batches import as_batches
 from .errors import DataError
 from .graphs.base import Batch, Graph
 
-__all__ = ["SHARES", "Part", "Splits", "attention_mask", "load", "shuffled", "split", "whole"]
+__all__ = ["SHARES", "Part", "Splits", "attention_mask", "load", "pieces", "split", "whole"]
 
 SHARES = (0.5, 0.25, 0.25)
 """Of the samples, for fitting, for planning, and for the report."""
@@ -79,20 +79,17 @@ def whole(graph: Graph, batches: Iterable[Any]) -> Part:
     return Part(splitter.bound, len(sizes), sum(sizes))
 
 
-def shuffled(
-    graph: Graph, loaders: Sequence[Callable[[], Batch]], size: int, seed: Sequence[int]
-) -> Iterator[Batch]:
-    """Batches of at most `size` samples, each of them once, in an order that `seed` gives.
+def pieces(graph: Graph, samples: Iterable[Batch], size: int, seed: int) -> Iterator[Batch]:
+    """The samples in batches of at most `size`, put together at random, as `seed` says.
 
-    loaders: one a batch. Samples of one batch stay together, since others may have other lengths.
+    Samples of one batch stay together, since others may have other lengths.
     """
     splitter = _Splitter(graph, ())
     random = np.random.default_rng(seed)
-    for number in random.permutation(len(loaders)):
-        batch = loaders[number]()
+    for batch in samples:
         order = random.permutation(splitter.size(batch))
-        for start in range(0, len(order), size):
-            yield splitter.rows(batch, order[start : start + size])
+        for rows in np.array_split(order, math.ceil(len(order) / size)):
+            yield splitter.rows(batch, rows)
 
 
 class _Splitter:

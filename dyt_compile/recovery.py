@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compiler import Conversion
-from .data import Part, split
+from .data import pieces, split
 from .errors import OptionError
 from .graphs.base import Batch, Graph
 from .metrics import check_metric
@@ -32,6 +32,8 @@ __all__ = ["recover"]
 SHARES = (0.8, 0.1, 0.1)
 """Of the samples: to learn from, to choose the weights by, and for the report. `convert` took its
 report from the last quarter of the same order, so the report's are new to both."""
+
+BATCH_SAMPLES = 16
 
 TRAIN = ("all", "dyt")
 
@@ -75,8 +77,8 @@ def recover(
             original, samples.plan, shelf, output=result.report.output, metric=metric
         )
         recovered = learn(
-            _lesson(result, train, metric),
-            _loaders(original, samples.fit, shelf),
+            [(1.0, lambda _: _lesson(result, train, metric))],
+            _loaders(original, pieces(original, samples.fit, BATCH_SAMPLES, seed), shelf),
             held_out.measure,
             Limit(float(minutes), steps),
             seed=seed,
@@ -147,7 +149,7 @@ def _pairs(original: Match, converted: Match) -> list[tuple[Value, Value]]:
     return list({id(pair[0]): pair for pair in found}.values())
 
 
-def _loaders(graph: Graph, samples: Part, shelf: Shelf) -> list[partial[Batch]]:
+def _loaders(graph: Graph, batches: Iterable[Batch], shelf: Shelf) -> list[partial[Batch]]:
     """The batches, each to be loaded by itself; many of them wait in files."""
 
     def load(kept: dict[str, Kept]) -> Batch:
@@ -157,7 +159,7 @@ def _loaders(graph: Graph, samples: Part, shelf: Shelf) -> list[partial[Batch]]:
         partial(
             load, {name: shelf.keep(batch[name], value) for name, value in graph.inputs.items()}
         )
-        for batch in samples
+        for batch in batches
     ]
 
 
