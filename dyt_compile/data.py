@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ class Part:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.make()
+
+    def first(self, samples: int) -> Part:
+        """About so many of the samples: whole batches, one at least."""
+        count = max(1, min(self.batches, self.batches * samples // max(1, self.samples)))
+        share = math.ceil(self.samples * count / self.batches)
+        return Part(lambda: islice(self.make(), count), count, share)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from dyt_compile.compiler import convert
 from dyt_compile.errors import CalibrationError, DataError, OptionError
 from dyt_compile.metrics import METRICS, Tally
 from dyt_compile.passes import recover as recover_pass
+from dyt_compile.passes.match import match
 from dyt_compile.progress import reporting
-from dyt_compile.recovery import recover
+from dyt_compile.recovery import _groups, recover
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits" / "model.py"
 WIDTH, TOKENS, CLASSES = 12, 5, 6
@@ -191,6 +192,47 @@ def test_killed_run_goes_on_to_the_same_weights(
     assert resumed.report.recovery is not None
     assert whole.report.recovery is not None
     assert resumed.report.recovery.curve == whole.report.recovery.curve
+
+
+@pytest.mark.core
+def test_staged_run_converts_the_easy_sites_first(converted: Conversion) -> None:
+    found = recover(converted, _batches(), steps=160, staged=True)
+    recovery = found.report.recovery
+    assert recovery is not None
+    assert found.report.error is not None
+    assert found.report.error < 0.6 * recovery.before
+    assert [sites for _, sites in recovery.stages] == [1, 2, 3]
+    begun = [share for share, _ in recovery.stages]
+    assert begun == pytest.approx([0, 0.25, 0.5], abs=0.01)
+    errors = dict(recovery.curve[:1])
+    easiest = min(converted.report.sites, key=lambda site: site.fit_error or 0)
+    assert _groups(converted)[0] == {easiest.name}
+    assert errors[0.0] < recovery.before  # one site is easier than three
+    assert {site.converted for site in found.report.sites} == {True}
+    assert all(site.kind.lossless for site in match(found.graph).sites)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("evaluation", [3, 9, 13])
+@pytest.mark.parametrize("train", ["all", "dyt"])
+def test_killed_staged_run_goes_on_to_the_same_weights(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: int, train: str
+) -> None:
+    result = convert(model, _batches(), mode="all")
+    options: dict[str, Any] = {"steps": 60, "staged": True, "train": train}
+    whole = recover(result, _batches(), **options)
+    path = tmp_path / "run.safetensors"
+    with monkeypatch.context() as patch:
+        _killed_at(patch, evaluation)
+        with pytest.raises(KilledError):
+            recover(result, _batches(), checkpoint=path, **options)
+    resumed = recover(result, _batches(), checkpoint=path, **options)
+    _assert_equal(_state(resumed.model), _state(whole.model))
+    assert resumed.report.recovery is not None
+    assert whole.report.recovery is not None
+    assert resumed.report.recovery.curve == whole.report.recovery.curve
+    with pytest.raises(CalibrationError, match="belongs to another model"):
+        recover(result, _batches(), steps=60, checkpoint=path, train=train)
 
 
 @pytest.mark.core

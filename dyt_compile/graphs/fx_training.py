@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ..dyt import DOMAIN
 from ..terms import Value
@@ -78,6 +80,7 @@ def _cut(graph: torch.fx.Graph, node: Node) -> None:
     node.replace_all_uses_with(detached, delete_user_cb=lambda user: user is not detached)
 
 
-def _rounded(product: Callable[..., torch.Tensor], *operands: torch.Tensor | None) -> torch.Tensor:
+def _rounded(product: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     """A product of float32 matrices, computed in bfloat16."""
-    return product(*(x if x is None else x.bfloat16() for x in operands)).float()
+    args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.bfloat16, (args, kwargs))
+    return product(*args, **kwargs).float()

@@ -49,7 +49,8 @@ class Recovery:
     """The training that followed a conversion.
 
     train: "all" weights or those of "dyt" alone; before: the error on the report's samples without
-    it; curve: (share of the run, error on held-out samples, by which the weights were chosen).
+    it; curve: (share of the run, error on held-out samples, by which the weights were chosen);
+    stages: (share of the run from which on, sites that are DyT), several in a staged run.
     """
 
     train: str
@@ -57,6 +58,7 @@ class Recovery:
     steps: int
     seconds: float
     curve: tuple[tuple[float, float], ...]
+    stages: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(frozen=True)
