@@ -113,10 +113,7 @@ def recover(
         recovered.steps,
         recovered.seconds,
         recovered.curve,
-        tuple(
-            (recovered.curve[place][0], sites)
-            for place, sites in zip(recovered.stages, _counts(result, staged), strict=True)
-        ),
+        tuple(zip(recovered.stages, _counts(result, staged), strict=True)),
     )
     report = replace(
         result.report,

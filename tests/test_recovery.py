@@ -202,7 +202,7 @@ def test_staged_run_converts_the_easy_sites_first(converted: Conversion) -> None
     assert found.report.error is not None
     assert found.report.error < 0.6 * recovery.before
     assert [sites for _, sites in recovery.stages] == [1, 2, 3]
-    begun = [share for share, _ in recovery.stages]
+    begun = [recovery.curve[place][0] for place, _ in recovery.stages]
     assert begun == pytest.approx([0, 0.25, 0.5], abs=0.01)
     errors = dict(recovery.curve[:1])
     easiest = min(converted.report.sites, key=lambda site: site.fit_error or 0)
