@@ -16,7 +16,6 @@ from .compiler import Conversion
 from .data import Part, pieces, split
 from .errors import OptionError
 from .graphs.base import Batch, Graph
-from .metrics import check_metric
 from .passes.calibrate import calibrate
 from .passes.match import match
 from .passes.rewrite import rewrite
@@ -65,12 +64,12 @@ def recover(
     result: what `convert` returned for a torch model; batches, seed: the same as there, so that
     the figures in the report come from samples that took part in nothing. minutes: of wall time;
     steps: a number of steps instead, which makes runs repeatable. train: "all" weights, or "dyt"
-    for alpha, gamma and beta alone. metric: what the held-out error counts; by default the
-    report's. staged: convert the sites anew, a few at a time from the easy to the hard (by their
-    error alone where the plan measured it, else by that of their fit), and train in between; their
-    fits are those on the original's own activations. checkpoint: a safetensors file, written as
-    the run goes on; a run that was killed goes on from it when it is called again with the same
-    arguments.
+    for alpha, gamma and beta alone. metric: what the held-out error counts, and what is learned
+    at the output; by default the report's; "top1" is learned by KL. staged: convert the sites
+    anew, a few at a time, those first whose error alone is small (where the plan measured none,
+    that of their fit), and train in between; their fits are those on the original's activations.
+    checkpoint: a safetensors file, written as the run goes on; a run that was killed goes on from
+    it when it is called again with the same arguments.
 
     Returns a conversion with a model of its own; `result` and the original stay as they are. The
     weights are those with the least held-out error, at worst the ones that came in. bfloat16 and
@@ -155,8 +154,13 @@ def _checked(
         raise OptionError(f"train is {train!r}; allowed: {', '.join(TRAIN)}")
     if not isinstance(seed, Integral) or seed < 0:
         raise OptionError(f"seed is {seed!r}; allowed: a whole number, 0 or above")
+    from .losses import LOSSES  # late, since it imports torch
+
     chosen = result.report.metric if metric is None else metric
-    check_metric(chosen)
+    if chosen not in tuple(LOSSES):  # a tuple takes what cannot be hashed too
+        raise OptionError(
+            f"metric is {chosen!r}; allowed: {', '.join(LOSSES)}, which have gradients to learn by"
+        )
     return str(chosen)
 
 

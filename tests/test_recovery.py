@@ -25,6 +25,7 @@ from dyt_compile.passes import recover as recover_pass
 from dyt_compile.passes.match import match
 from dyt_compile.progress import reporting
 from dyt_compile.recovery import _groups, recover
+from dyt_compile.recovery import _lesson as _lesson_of
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits" / "model.py"
 WIDTH, TOKENS, CLASSES = 12, 5, 6
@@ -290,6 +291,46 @@ def test_narrow_weights_are_trained_as_float32(dtype: torch.dtype, tmp_path: Pat
     assert dtype in set(expected.values())
 
 
+def _lesson(result: Conversion) -> recover_pass.Lesson:
+    return _lesson_of(result, "all", "relative", result.graph)
+
+
+@pytest.mark.core
+def test_products_are_computed_in_bfloat16_where_the_loss_stays_the_same(
+    converted: Conversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover_pass, "_fast_in_bfloat16", lambda _: True)
+    lesson = _lesson(converted)
+    teacher = recover_pass._Teacher(lesson.original, [taught for taught, _ in lesson.places])
+    (tokens,) = _batches(1)[0]
+    batch = {"tokens": tokens}
+
+    def results() -> list[Tensor]:
+        run = recover_pass._Run(lesson, teacher, recover_pass._Progress(), 0, batch)
+        found: list[Tensor] = list(run._whole(tokens))
+        return found
+
+    exact = converted.model(tokens)
+    *_, rounded = results()
+    assert rounded.dtype is torch.float32
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 0.02
+    monkeypatch.setattr(recover_pass, "BFLOAT16_TOLERANCE", 0.0)
+    assert torch.equal(results()[-1], exact)
+
+
+@pytest.mark.core
+def test_original_is_asked_once_a_batch_while_there_is_room(converted: Conversion) -> None:
+    lesson = _lesson(converted)
+    (tokens,) = _batches(1)[0]
+    teacher = recover_pass._Teacher(lesson.original, [taught for taught, _ in lesson.places])
+    first = teacher({"tokens": tokens}, 0)
+    assert all(a is b for a, b in zip(first, teacher({"tokens": tokens}, 0), strict=True))
+    assert teacher({"tokens": tokens})[0] is not first[0]
+    teacher._left_bytes = 0
+    assert teacher({"tokens": tokens}, 1)[0] is not teacher({"tokens": tokens}, 1)[0]
+    assert torch.equal(teacher({"tokens": tokens}, 1)[0], first[0])
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("metric", METRICS)
 def test_recover_learns_by_every_metric(converted: Conversion, metric: str) -> None:
@@ -344,7 +385,8 @@ def test_model_from_onnx_is_refused(model: nn.Module, tmp_path: Path) -> None:
         ({"minutes": 0}, "minutes is 0; allowed: a number above 0"),
         ({"steps": 0}, "steps is 0; allowed"),
         ({"train": "some"}, "train is 'some'; allowed: all, dyt"),
-        ({"metric": "accuracy"}, "metric is 'accuracy'; allowed"),
+        ({"metric": "accuracy"}, "metric is 'accuracy'; allowed: relative, cosine, kl, top1"),
+        ({"metric": len}, "metric is <built-in function len>; allowed: relative"),
         ({"seed": -1}, "seed is -1; allowed"),
     ],
 )
