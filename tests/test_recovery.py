@@ -319,6 +319,30 @@ def test_products_are_computed_in_bfloat16_where_the_loss_stays_the_same(
 
 
 @pytest.mark.core
+@pytest.mark.parametrize(
+    ("path", "shape", "rate"),
+    [
+        ("head.weight", (7, 100), 0.01),
+        ("head.weight", (7, 400), 0.005),  # twice the root of the width
+        ("head.weight", (400, 7), 0.01),
+        ("head.bias", (400,), 0.01),
+        ("norm.gamma", (400,), 0.01),
+    ],
+)
+def test_rate_is_relative_to_size_and_falls_with_width(
+    path: str, shape: tuple[int, ...], rate: float
+) -> None:
+    group = recover_pass._group(path, torch.full(shape, 3.0))
+    assert group["lr"] == pytest.approx(3 * rate)
+
+
+@pytest.mark.core
+def test_parameter_that_begins_at_zero_learns() -> None:
+    assert recover_pass._group("norm.beta", torch.zeros(4))["lr"] == pytest.approx(0.003)
+    assert recover_pass._group("head.bias", torch.zeros(4))["lr"] == pytest.approx(0.0002)
+
+
+@pytest.mark.core
 def test_original_is_asked_once_a_batch_while_there_is_room(converted: Conversion) -> None:
     lesson = _lesson(converted)
     (tokens,) = _batches(1)[0]

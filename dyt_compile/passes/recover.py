@@ -58,6 +58,10 @@ RATE = 1e-2
 """The highest learning rate, relative to a parameter's root mean square: a small alpha makes gamma
 huge, and no absolute rate suits both."""
 
+RATE_WIDTH = 100
+"""Wider matrices learn more slowly, by the root of their width: what Adam changes adds up over the
+channels like their number, what a matrix holds like the root of it (docs/recovery.md)."""
+
 LEAST_SIZE = {"alpha": 1e-4, "gamma": 1e-4, "beta": 0.3, "shift": 0.3, "": 0.02}
 """What a parameter's root mean square counts at least: a beta, or a bias, may begin at zero."""
 
@@ -457,7 +461,8 @@ def _group(path: str, master: Tensor) -> dict[str, Any]:
     """A parameter with its learning rate, relative to its root mean square."""
     least = LEAST_SIZE.get(path.rpartition(".")[2], LEAST_SIZE[""])
     size = float(master.detach().square().mean().sqrt())
-    return {"params": [master], "lr": RATE * max(size, least)}
+    width = max(master.shape[1:], default=1)
+    return {"params": [master], "lr": RATE * max(size, least) * min(1, RATE_WIDTH / width) ** 0.5}
 
 
 def _cosine(share: float) -> float:
