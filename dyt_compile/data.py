@@ -86,16 +86,19 @@ def whole(graph: Graph, batches: Iterable[Any]) -> Part:
     return Part(splitter.bound, len(sizes), sum(sizes))
 
 
-def pieces(graph: Graph, samples: Iterable[Batch], size: int, seed: int) -> Iterator[Batch]:
-    """The samples in batches of at most `size`, put together at random, as `seed` says.
+def pieces(
+    graph: Graph, samples: Iterable[Batch], size: Callable[[Batch, int], int], seed: int
+) -> Iterator[Batch]:
+    """The samples in smaller batches, put together at random, as `seed` says.
 
-    Samples of one batch stay together, since others may have other lengths.
+    size: how many samples one may have at most, of a batch and its number of samples, since
+    samples of one batch stay together: others may have other lengths.
     """
     splitter = _Splitter(graph, ())
     random = np.random.default_rng(seed)
     for batch in samples:
         order = random.permutation(splitter.size(batch))
-        for rows in np.array_split(order, math.ceil(len(order) / size)):
+        for rows in np.array_split(order, math.ceil(len(order) / size(batch, len(order)))):
             yield splitter.rows(batch, rows)
 
 

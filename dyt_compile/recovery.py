@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -34,7 +35,11 @@ SHARES = (0.8, 0.1, 0.1)
 """Of the samples: to learn from, to choose the weights by, and for the report. `convert` took its
 report from the last quarter of the same order, so the report's are new to both."""
 
-BATCH_SAMPLES = 16
+STEP_POSITIONS = 512
+STEP_SAMPLES = (4, 64)
+"""Of a step: about how many positions (tokens, patches) it learns from, and how many samples it has
+at least and at most. Fewer images, or more windows of text, gave less for the same work
+(docs/recovery.md)."""
 
 STAGES = 4
 ALL_CONVERTED_FROM = 0.5
@@ -96,7 +101,7 @@ def recover(
             course = _stages(result, samples.fit, seed, lesson_of)
         recovered = learn(
             course,
-            _loaders(original, pieces(original, samples.fit, BATCH_SAMPLES, seed), shelf),
+            _loaders(original, pieces(original, samples.fit, _step_size(result), seed), shelf),
             held_out.measure,
             Limit(float(minutes), steps),
             seed=seed,
@@ -230,6 +235,20 @@ def _pairs(original: Match, converted: Match) -> list[tuple[Value, Value]]:
     reads = {site.name: site.input for site in converted.sites}
     found = [(s.input, reads[s.name]) for s in original.sites if s.name in reads]
     return list({id(pair[0]): pair for pair in found}.values())
+
+
+def _step_size(result: Conversion) -> Callable[[Batch, int], int]:
+    """How many samples of a batch a step learns from, by its positions at the first site."""
+    graph, site = result.original, result.match.sites[0]
+    run = graph.segment(list(graph.inputs.values()), [site.input])
+
+    def size(batch: Batch, samples: int) -> int:
+        (value,) = run([batch[name] for name in graph.inputs])
+        positions = math.prod(value.shape) / (site.channels or value.shape[-1])
+        least, most = STEP_SAMPLES
+        return min(most, max(least, round(STEP_POSITIONS * samples / positions)))
+
+    return size
 
 
 def _loaders(graph: Graph, batches: Iterable[Batch], shelf: Shelf) -> list[partial[Batch]]:

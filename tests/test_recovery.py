@@ -24,7 +24,7 @@ from dyt_compile.metrics import METRICS, Tally
 from dyt_compile.passes import recover as recover_pass
 from dyt_compile.passes.match import match
 from dyt_compile.progress import reporting
-from dyt_compile.recovery import _groups, recover
+from dyt_compile.recovery import _groups, _step_size, recover
 from dyt_compile.recovery import _lesson as _lesson_of
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits" / "model.py"
@@ -340,6 +340,15 @@ def test_rate_is_relative_to_size_and_falls_with_width(
 def test_parameter_that_begins_at_zero_learns() -> None:
     assert recover_pass._group("norm.beta", torch.zeros(4))["lr"] == pytest.approx(0.003)
     assert recover_pass._group("head.bias", torch.zeros(4))["lr"] == pytest.approx(0.0002)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("samples", "tokens", "size"), [(64, 16, 32), (8, 500, 4), (99, 2, 64)])
+def test_step_has_about_as_many_positions_for_any_length(
+    converted: Conversion, samples: int, tokens: int, size: int
+) -> None:
+    batch = {"tokens": torch.zeros(samples, tokens, dtype=torch.long)}
+    assert _step_size(converted)(batch, samples) == size
 
 
 @pytest.mark.core
