@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .batches import as_batches
 from .errors import DataError
 from .graphs.base import Batch, Graph
 
-__all__ = ["SHARES", "Part", "Splits", "attention_mask", "load", "shuffled", "split", "whole"]
+__all__ = ["SHARES", "Part", "Splits", "attention_mask", "load", "pieces", "split", "whole"]
 
 SHARES = (0.5, 0.25, 0.25)
 """Of the samples, for fitting, for planning, and for the report."""
@@ -31,6 +32,12 @@ class Part:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.make()
+
+    def first(self, samples: int) -> Part:
+        """About so many of the samples: whole batches, one at least."""
+        count = max(1, min(self.batches, self.batches * samples // max(1, self.samples)))
+        share = math.ceil(self.samples * count / self.batches)
+        return Part(lambda: islice(self.make(), count), count, share)
 
 
 @dataclass(frozen=True)
@@ -79,20 +86,20 @@ def whole(graph: Graph, batches: Iterable[Any]) -> Part:
     return Part(splitter.bound, len(sizes), sum(sizes))
 
 
-def shuffled(
-    graph: Graph, loaders: Sequence[Callable[[], Batch]], size: int, seed: Sequence[int]
+def pieces(
+    graph: Graph, samples: Iterable[Batch], size: Callable[[Batch, int], int], seed: int
 ) -> Iterator[Batch]:
-    """Batches of at most `size` samples, each of them once, in an order that `seed` gives.
+    """The samples in smaller batches, put together at random, as `seed` says.
 
-    loaders: one a batch. Samples of one batch stay together, since others may have other lengths.
+    size: how many samples one may have at most, of a batch and its number of samples, since
+    samples of one batch stay together: others may have other lengths.
     """
     splitter = _Splitter(graph, ())
     random = np.random.default_rng(seed)
-    for number in random.permutation(len(loaders)):
-        batch = loaders[number]()
+    for batch in samples:
         order = random.permutation(splitter.size(batch))
-        for start in range(0, len(order), size):
-            yield splitter.rows(batch, order[start : start + size])
+        for rows in np.array_split(order, math.ceil(len(order) / size(batch, len(order)))):
+            yield splitter.rows(batch, rows)
 
 
 class _Splitter:

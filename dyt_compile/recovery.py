@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compiler import Conversion
-from .data import Part, split
+from .data import Part, pieces, split
 from .errors import OptionError
 from .graphs.base import Batch, Graph
-from .metrics import check_metric
+from .passes.calibrate import calibrate
 from .passes.match import match
+from .passes.rewrite import rewrite
 from .passes.verify import Reference
 from .report.records import Recovery, Report
 from .shelf import Kept, Shelf
@@ -25,13 +27,27 @@ from .sites import Match
 from .terms import Value
 
 if TYPE_CHECKING:
-    from .passes.recover import Lesson
+    from .passes.recover import Course, Lesson
 
 __all__ = ["recover"]
 
 SHARES = (0.8, 0.1, 0.1)
 """Of the samples: to learn from, to choose the weights by, and for the report. `convert` took its
 report from the last quarter of the same order, so the report's are new to both."""
+
+STEP_POSITIONS = 512
+STEP_SAMPLES = (4, 64)
+"""Of a step: about how many positions (tokens, patches) it learns from, and how many samples it has
+at least and at most. Fewer images, or more windows of text, gave less for the same work
+(docs/recovery.md)."""
+
+STAGES = 4
+ALL_CONVERTED_FROM = 0.5
+"""Of a staged run: into how many groups the sites are split, and from which share of the run on
+all of them are converted."""
+
+FITTED_SAMPLES = 512
+"""What the fits of a staged run are made on."""
 
 TRAIN = ("all", "dyt")
 
@@ -44,6 +60,7 @@ def recover(
     steps: int | None = None,
     train: str = "all",
     metric: str | None = None,
+    staged: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> Conversion:
@@ -52,9 +69,12 @@ def recover(
     result: what `convert` returned for a torch model; batches, seed: the same as there, so that
     the figures in the report come from samples that took part in nothing. minutes: of wall time;
     steps: a number of steps instead, which makes runs repeatable. train: "all" weights, or "dyt"
-    for alpha, gamma and beta alone. metric: what the held-out error counts; by default the
-    report's. checkpoint: a safetensors file, written as the run goes on; a run that was killed
-    goes on from it when it is called again with the same arguments.
+    for alpha, gamma and beta alone. metric: what the held-out error counts, and what is learned
+    at the output; by default the report's; "top1" is learned by KL. staged: convert the sites
+    anew, a few at a time, those first whose error alone is small (where the plan measured none,
+    that of their fit), and train in between; their fits are those on the original's activations.
+    checkpoint: a safetensors file, written as the run goes on; a run that was killed goes on from
+    it when it is called again with the same arguments.
 
     Returns a conversion with a model of its own; `result` and the original stay as they are. The
     weights are those with the least held-out error, at worst the ones that came in. bfloat16 and
@@ -64,44 +84,62 @@ def recover(
     Raises OptionError (a result that came from an ONNX file, or in which no norm was converted),
     DataError, and CalibrationError for a checkpoint that is damaged or of another run.
     """
-    metric = _checked(result, minutes, steps, train, metric, seed)
+    metric = _checked(result, minutes, steps, train, staged, metric, seed)
     from .passes.recover import Limit
     from .passes.recover import recover as learn
 
     original = result.original
     samples = split(original, batches, seed, SHARES)
     with Shelf(original) as shelf:
-        held_out = Reference(
-            original, samples.plan, shelf, output=result.report.output, metric=metric
+        held_out, unseen = (
+            Reference(original, part, shelf, output=result.report.output, metric=metric)
+            for part in (samples.plan, samples.report)
         )
+        lesson_of = partial(_lesson, result, train, metric)
+        course: Course = [(1.0, lambda _: lesson_of(result.graph))]
+        if staged:
+            course = _stages(result, samples.fit, seed, lesson_of)
         recovered = learn(
-            _lesson(result, train, metric),
-            _loaders(original, samples.fit, shelf),
+            course,
+            _loaders(original, pieces(original, samples.fit, _step_size(result), seed), shelf),
             held_out.measure,
             Limit(float(minutes), steps),
             seed=seed,
             checkpoint=None if checkpoint is None else Path(checkpoint),
         )
-        unseen = Reference(
-            original, samples.report, shelf, output=result.report.output, metric=metric
-        )
-        before, after = unseen.measure(result.graph), unseen.measure(recovered.graph)
-    told = Recovery(train, before.error, recovered.steps, recovered.seconds, recovered.curve)
+        graph: Graph = recovered.graph
+        if staged and held_out.measure(result.graph).error < recovered.curve[-1][1]:
+            graph = result.graph
+        before, after = unseen.measure(result.graph), unseen.measure(graph)
+    told = Recovery(
+        train,
+        before.error,
+        recovered.steps,
+        recovered.seconds,
+        recovered.curve,
+        tuple(zip(recovered.stages, _counts(result, staged), strict=True)),
+    )
     report = replace(
         result.report,
         metric=metric,
         error=after.error,
         standard_error=after.standard_error,
         samples=after.samples,
-        sites=_with_alphas(result.report, match(recovered.graph), recovered.graph),
+        sites=_with_alphas(result.report, match(graph), graph),
         seconds={**result.report.seconds, "recover": round(recovered.seconds, 3)},
         recovery=told,
     )
-    return replace(result, graph=recovered.graph, calibration=None, report=report)
+    return replace(result, graph=graph, calibration=None, report=report)
 
 
 def _checked(
-    result: Conversion, minutes: Any, steps: Any, train: Any, metric: Any, seed: Any
+    result: Conversion,
+    minutes: Any,
+    steps: Any,
+    train: Any,
+    staged: bool,
+    metric: Any,
+    seed: Any,
 ) -> str:
     """The metric to use; raises OptionError for all that is not allowed."""
     if not hasattr(result.graph, "with_weights"):
@@ -111,6 +149,8 @@ def _checked(
         )
     if result.report.error is None or not result.report.converted:
         raise OptionError("no norm was converted: there is nothing to recover")
+    if staged and not _groups(result):
+        raise OptionError("staged is True; all DyT came with the model: there is nothing to stage")
     if not isinstance(minutes, Real) or not float(minutes) > 0:
         raise OptionError(f"minutes is {minutes!r}; allowed: a number above 0")
     if steps is not None and (not isinstance(steps, Integral) or steps < 1):
@@ -119,16 +159,66 @@ def _checked(
         raise OptionError(f"train is {train!r}; allowed: {', '.join(TRAIN)}")
     if not isinstance(seed, Integral) or seed < 0:
         raise OptionError(f"seed is {seed!r}; allowed: a whole number, 0 or above")
+    from .losses import LOSSES  # late, since it imports torch
+
     chosen = result.report.metric if metric is None else metric
-    check_metric(chosen)
+    if chosen not in tuple(LOSSES):  # a tuple takes what cannot be hashed too
+        raise OptionError(
+            f"metric is {chosen!r}; allowed: {', '.join(LOSSES)}, which have gradients to learn by"
+        )
     return str(chosen)
 
 
-def _lesson(result: Conversion, train: str, metric: str) -> Lesson:
+def _stages(
+    result: Conversion, samples: Part, seed: int, lesson_of: Callable[[Graph], Lesson]
+) -> Course:
+    """A course that converts the sites of `result` anew, group by group."""
+    groups = _groups(result)
+    method = "auto" if any(site.fit == "full" for site in result.report.sites) else "diagonal"
+    some = samples.first(FITTED_SAMPLES)
+    fits = calibrate(result.original, result.match, some, convert=(), seed=seed, fit=method)
+
+    def convert(names: Collection[str], before: Graph | None) -> Lesson:
+        graph = result.original if before is None else before
+        return lesson_of(rewrite(graph, match(graph), fits, names))
+
+    shares = [ALL_CONVERTED_FROM * place / (len(groups) - 1) for place in range(1, len(groups))]
+    return [
+        (end, partial(convert, names)) for end, names in zip((*shares, 1.0), groups, strict=True)
+    ]
+
+
+def _groups(result: Conversion) -> list[frozenset[str]]:
+    """The sites of the stages; calls of one module, which share their values, together."""
+    errors = {
+        site.name: site.fit_error if site.sensitivity is None else site.sensitivity
+        for site in result.report.sites
+        if site.converted
+    }
+    first = [site.name for site in result.match.sites
+             if site.tied_to is None and errors.get(site.name) is not None]  # fmt: skip
+    order = sorted(first, key=lambda name: errors[name] or 0.0)
+    groups = np.array_split(np.array(order, dtype=object), min(STAGES, len(order)))
+    return [
+        frozenset(s.name for s in result.match.sites if (s.tied_to or s.name) in group)
+        for group in map(list, groups)
+    ]
+
+
+def _counts(result: Conversion, staged: bool) -> list[int]:
+    """How many sites are DyT in each stage."""
+    if not staged:
+        return [result.report.converted]
+    sizes = np.cumsum([len(group) for group in _groups(result)])
+    held = result.report.converted - int(sizes[-1])  # DyT that the model came with
+    return [held + int(size) for size in sizes]
+
+
+def _lesson(result: Conversion, train: str, metric: str, graph: Graph) -> Lesson:
     from .passes.recover import Lesson
 
     original: Any = result.original
-    converted: Any = result.graph
+    converted: Any = graph
     output = result.report.output
     return Lesson(
         original,
@@ -147,7 +237,21 @@ def _pairs(original: Match, converted: Match) -> list[tuple[Value, Value]]:
     return list({id(pair[0]): pair for pair in found}.values())
 
 
-def _loaders(graph: Graph, samples: Part, shelf: Shelf) -> list[partial[Batch]]:
+def _step_size(result: Conversion) -> Callable[[Batch, int], int]:
+    """How many samples of a batch a step learns from, by its positions at the first site."""
+    graph, site = result.original, result.match.sites[0]
+    run = graph.segment(list(graph.inputs.values()), [site.input])
+
+    def size(batch: Batch, samples: int) -> int:
+        (value,) = run([batch[name] for name in graph.inputs])
+        positions = math.prod(value.shape) / (site.channels or value.shape[-1])
+        least, most = STEP_SAMPLES
+        return min(most, max(least, round(STEP_POSITIONS * samples / positions)))
+
+    return size
+
+
+def _loaders(graph: Graph, batches: Iterable[Batch], shelf: Shelf) -> list[partial[Batch]]:
     """The batches, each to be loaded by itself; many of them wait in files."""
 
     def load(kept: dict[str, Kept]) -> Batch:
@@ -157,7 +261,7 @@ def _loaders(graph: Graph, samples: Part, shelf: Shelf) -> list[partial[Batch]]:
         partial(
             load, {name: shelf.keep(batch[name], value) for name, value in graph.inputs.items()}
         )
-        for batch in samples
+        for batch in batches
     ]
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dyt_compile.data import Part, Splits, attention_mask, load, split, whole
+from dyt_compile.data import Part, Splits, attention_mask, load, pieces, split, whole
 from dyt_compile.errors import DataError, DytCompileError
 from dyt_compile.graphs.base import Graph
 from dyt_compile.passes.capture import capture
@@ -407,3 +407,30 @@ def test_array_of_a_dtype_that_torch_does_not_have_is_refused(shifted: Graph) ->
 def test_one_batch_is_not_taken_for_several(dynamic: Graph, batches: Any) -> None:
     with pytest.raises(DataError, match=r"batches is .*allowed: a list of batches"):
         split(dynamic, batches, 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=5), size=st.integers(1, 8))
+def test_pieces_hold_every_sample_once_and_are_alike_in_size(sizes: list[int], size: int) -> None:
+    graph = capture(_onnx("batch"))
+    batches = list(whole(graph, _batches(sizes)))
+    found = list(pieces(graph, batches, lambda *_: size, 0))
+    assert sorted(n for batch in found for n in batch["x"][:, 0]) == list(range(sum(sizes)))
+    lengths = [len(batch["x"]) for batch in found]
+    assert max(lengths) <= size
+    assert len(found) == sum(-(-count // size) for count in sizes)
+    if len(sizes) == 1:
+        assert max(lengths) - min(lengths) <= 1
+    again = pieces(graph, batches, lambda *_: size, 0)
+    assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(found, again, strict=True))
+
+
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=9), wanted=st.integers(1, 200))
+@settings(deadline=None, max_examples=40)
+def test_first_samples_are_whole_batches(sizes: list[int], wanted: int) -> None:
+    part = whole(capture(_onnx("batch")), _batches(sizes))
+    some = part.first(wanted)
+    assert 1 <= len(list(some)) == some.batches <= len(sizes)
+    assert _numbers(some) == list(range(len(_numbers(some))))
+    if wanted >= sum(sizes):
+        assert some.batches == len(sizes)

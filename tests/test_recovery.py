@@ -22,8 +22,10 @@ from dyt_compile.compiler import convert
 from dyt_compile.errors import CalibrationError, DataError, OptionError
 from dyt_compile.metrics import METRICS, Tally
 from dyt_compile.passes import recover as recover_pass
+from dyt_compile.passes.match import match
 from dyt_compile.progress import reporting
-from dyt_compile.recovery import recover
+from dyt_compile.recovery import _groups, _step_size, recover
+from dyt_compile.recovery import _lesson as _lesson_of
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits" / "model.py"
 WIDTH, TOKENS, CLASSES = 12, 5, 6
@@ -194,6 +196,47 @@ def test_killed_run_goes_on_to_the_same_weights(
 
 
 @pytest.mark.core
+def test_staged_run_converts_the_easy_sites_first(converted: Conversion) -> None:
+    found = recover(converted, _batches(), steps=160, staged=True)
+    recovery = found.report.recovery
+    assert recovery is not None
+    assert found.report.error is not None
+    assert found.report.error < 0.6 * recovery.before
+    assert [sites for _, sites in recovery.stages] == [1, 2, 3]
+    begun = [recovery.curve[place][0] for place, _ in recovery.stages]
+    assert begun == pytest.approx([0, 0.25, 0.5], abs=0.01)
+    errors = dict(recovery.curve[:1])
+    easiest = min(converted.report.sites, key=lambda site: site.fit_error or 0)
+    assert _groups(converted)[0] == {easiest.name}
+    assert errors[0.0] < recovery.before  # one site is easier than three
+    assert {site.converted for site in found.report.sites} == {True}
+    assert all(site.kind.lossless for site in match(found.graph).sites)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("evaluation", [3, 9, 13])
+@pytest.mark.parametrize("train", ["all", "dyt"])
+def test_killed_staged_run_goes_on_to_the_same_weights(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: int, train: str
+) -> None:
+    result = convert(model, _batches(), mode="all")
+    options: dict[str, Any] = {"steps": 60, "staged": True, "train": train}
+    whole = recover(result, _batches(), **options)
+    path = tmp_path / "run.safetensors"
+    with monkeypatch.context() as patch:
+        _killed_at(patch, evaluation)
+        with pytest.raises(KilledError):
+            recover(result, _batches(), checkpoint=path, **options)
+    resumed = recover(result, _batches(), checkpoint=path, **options)
+    _assert_equal(_state(resumed.model), _state(whole.model))
+    assert resumed.report.recovery is not None
+    assert whole.report.recovery is not None
+    assert resumed.report.recovery.curve == whole.report.recovery.curve
+    with pytest.raises(CalibrationError, match="belongs to another model"):
+        recover(result, _batches(), steps=60, checkpoint=path, train=train)
+
+
+@pytest.mark.core
 def test_finished_run_is_not_trained_again(converted: Conversion, tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     first = recover(converted, _batches(), steps=20, checkpoint=path)
@@ -246,6 +289,79 @@ def test_narrow_weights_are_trained_as_float32(dtype: torch.dtype, tmp_path: Pat
     expected = {name: p.dtype for name, p in result.model.named_parameters()}
     assert {name: p.dtype for name, p in found.model.named_parameters()} == expected
     assert dtype in set(expected.values())
+
+
+def _lesson(result: Conversion) -> recover_pass.Lesson:
+    return _lesson_of(result, "all", "relative", result.graph)
+
+
+@pytest.mark.core
+def test_products_are_computed_in_bfloat16_where_the_loss_stays_the_same(
+    converted: Conversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover_pass, "_fast_in_bfloat16", lambda _: True)
+    lesson = _lesson(converted)
+    teacher = recover_pass._Teacher(lesson.original, [taught for taught, _ in lesson.places])
+    (tokens,) = _batches(1)[0]
+    batch = {"tokens": tokens}
+
+    def results() -> list[Tensor]:
+        run = recover_pass._Run(lesson, teacher, recover_pass._Progress(), 0, batch)
+        found: list[Tensor] = list(run._whole(tokens))
+        return found
+
+    exact = converted.model(tokens)
+    *_, rounded = results()
+    assert rounded.dtype is torch.float32
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 0.02
+    monkeypatch.setattr(recover_pass, "BFLOAT16_TOLERANCE", 0.0)
+    assert torch.equal(results()[-1], exact)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("path", "shape", "rate"),
+    [
+        ("head.weight", (7, 100), 0.01),
+        ("head.weight", (7, 400), 0.005),  # twice the root of the width
+        ("head.weight", (400, 7), 0.01),
+        ("head.bias", (400,), 0.01),
+        ("norm.gamma", (400,), 0.01),
+    ],
+)
+def test_rate_is_relative_to_size_and_falls_with_width(
+    path: str, shape: tuple[int, ...], rate: float
+) -> None:
+    group = recover_pass._group(path, torch.full(shape, 3.0))
+    assert group["lr"] == pytest.approx(3 * rate)
+
+
+@pytest.mark.core
+def test_parameter_that_begins_at_zero_learns() -> None:
+    assert recover_pass._group("norm.beta", torch.zeros(4))["lr"] == pytest.approx(0.003)
+    assert recover_pass._group("head.bias", torch.zeros(4))["lr"] == pytest.approx(0.0002)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("samples", "tokens", "size"), [(64, 16, 32), (8, 500, 4), (99, 2, 64)])
+def test_step_has_about_as_many_positions_for_any_length(
+    converted: Conversion, samples: int, tokens: int, size: int
+) -> None:
+    batch = {"tokens": torch.zeros(samples, tokens, dtype=torch.long)}
+    assert _step_size(converted)(batch, samples) == size
+
+
+@pytest.mark.core
+def test_original_is_asked_once_a_batch_while_there_is_room(converted: Conversion) -> None:
+    lesson = _lesson(converted)
+    (tokens,) = _batches(1)[0]
+    teacher = recover_pass._Teacher(lesson.original, [taught for taught, _ in lesson.places])
+    first = teacher({"tokens": tokens}, 0)
+    assert all(a is b for a, b in zip(first, teacher({"tokens": tokens}, 0), strict=True))
+    assert teacher({"tokens": tokens})[0] is not first[0]
+    teacher._left_bytes = 0
+    assert teacher({"tokens": tokens}, 1)[0] is not teacher({"tokens": tokens}, 1)[0]
+    assert torch.equal(teacher({"tokens": tokens}, 1)[0], first[0])
 
 
 @pytest.mark.core
@@ -302,7 +418,8 @@ def test_model_from_onnx_is_refused(model: nn.Module, tmp_path: Path) -> None:
         ({"minutes": 0}, "minutes is 0; allowed: a number above 0"),
         ({"steps": 0}, "steps is 0; allowed"),
         ({"train": "some"}, "train is 'some'; allowed: all, dyt"),
-        ({"metric": "accuracy"}, "metric is 'accuracy'; allowed"),
+        ({"metric": "accuracy"}, "metric is 'accuracy'; allowed: relative, cosine, kl, top1"),
+        ({"metric": len}, "metric is <built-in function len>; allowed: relative"),
         ({"seed": -1}, "seed is -1; allowed"),
     ],
 )

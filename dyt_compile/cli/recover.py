@@ -46,6 +46,9 @@ def recover(
         int | None, typer.Option(help="Steps instead of minutes: a run to repeat.")
     ] = None,
     train: Annotated[Train, typer.Option(help="All weights, or alpha, gamma, beta.")] = Train.all,
+    staged: Annotated[
+        bool, typer.Option("--staged", help="Convert a few sites at a time, easy ones first.")
+    ] = False,
     metric: Annotated[Metric, typer.Option(help="What the error counts.")] = Metric.relative,
     output: OutputName = None,
     exclude: Exclude = None,
@@ -92,6 +95,7 @@ def recover(
             minutes=minutes,
             steps=steps,
             train=train.value,
+            staged=staged,
             checkpoint=kept,
             seed=seed,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ..dyt import DOMAIN
 from ..terms import Value
@@ -14,6 +16,13 @@ from .fx_constants import attribute
 __all__ = ["dyt_paths", "learned", "watching"]
 
 Node = torch.fx.Node
+
+PRODUCTS = (
+    torch.ops.aten.linear.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.mm.default,
+)
+"""Where most of the time goes. Attention is left: its gradient in bfloat16 is slower on a CPU."""
 
 
 def learned(graph: FxGraph) -> dict[str, torch.nn.Parameter]:
@@ -41,11 +50,14 @@ def dyt_paths(graph: FxGraph) -> frozenset[str]:
     )
 
 
-def watching(graph: FxGraph, values: Sequence[Value], *, cut: bool) -> torch.fx.GraphModule:
+def watching(
+    graph: FxGraph, values: Sequence[Value], *, cut: bool, bfloat16: bool = False
+) -> torch.fx.GraphModule:
     """A module that computes `values` from the graph's inputs, in the order of `graph.inputs`.
 
     Its weights are the graph's own. cut: what reads one of the values gets it without its
-    history, so that each part of the model between two of them learns by itself.
+    history, so that each part of the model between two of them learns by itself. bfloat16: products
+    with weights are computed in it; what they read and make has the dtypes that it had.
     """
     copied = torch.fx.Graph()
     copies: dict[Node, Node] = {}
@@ -54,6 +66,9 @@ def watching(graph: FxGraph, values: Sequence[Value], *, cut: bool) -> torch.fx.
     for node in results if cut else ():
         if node.op == "call_function":
             _cut(copied, node)
+    for node in copied.nodes if bfloat16 else ():
+        if node.target in PRODUCTS:
+            node.args, node.target = (node.target, *node.args), _rounded
     copied.output(tuple(results))
     copied.eliminate_dead_code()
     return torch.fx.GraphModule(graph.model, copied)
@@ -63,3 +78,9 @@ def _cut(graph: torch.fx.Graph, node: Node) -> None:
     with graph.inserting_after(node):
         detached = graph.call_function(torch.ops.aten.detach.default, (node,))
     node.replace_all_uses_with(detached, delete_user_cb=lambda user: user is not detached)
+
+
+def _rounded(product: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A product of float32 matrices, computed in bfloat16."""
+    args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.bfloat16, (args, kwargs))
+    return product(*args, **kwargs).float()

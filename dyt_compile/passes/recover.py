@@ -12,16 +12,17 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from ..checkpoints import load_checkpoint, save_checkpoint
-from ..data import attention_mask, shuffled
+from ..data import attention_mask
 from ..errors import OptionError
 from ..graphs.base import Batch
 from ..graphs.fx import FxGraph
@@ -31,9 +32,8 @@ from ..metrics import Measurement
 from ..progress import track
 from ..terms import Value
 
-__all__ = ["Lesson", "Limit", "Recovered", "recover"]
+__all__ = ["Course", "Lesson", "Limit", "Recovered", "recover"]
 
-BATCH_SAMPLES = 32
 BLOCKWISE = 0.05
 """The share of a run that learns block by block. On the digits ViT, 250 steps, more did not pay: a
 fifth ended at an error of .116, none at .113. Not measured on models of many blocks."""
@@ -46,11 +46,21 @@ PATIENCE = 5
 """Evaluations without a better one before the run ends. The weights that came in do not count as
 one: from a good fit the error first rises, and falls below it only as the rate falls."""
 
+KEPT_BYTES = 2 << 30
+"""Of the original's values, which then need not be computed again in every epoch."""
+
+BFLOAT16_TOLERANCE = 0.05
+"""How much of the first loss bfloat16 may change, for the products to be computed in it."""
+
 WARM_UP_STEPS = 20
 CLIP = 1.0
 RATE = 1e-2
 """The highest learning rate, relative to a parameter's root mean square: a small alpha makes gamma
 huge, and no absolute rate suits both."""
+
+RATE_WIDTH = 100
+"""Wider matrices learn more slowly, by the root of their width: what Adam changes adds up over the
+channels like their number, what a matrix holds like the root of it (docs/recovery.md)."""
 
 LEAST_SIZE = {"alpha": 1e-4, "gamma": 1e-4, "beta": 0.3, "shift": 0.3, "": 0.02}
 """What a parameter's root mean square counts at least: a beta, or a bias, may begin at zero."""
@@ -77,7 +87,8 @@ class Lesson:
     """What is learned from what.
 
     original, converted: the two models; pairs: values of both that should agree, in execution
-    order; outputs: the output of both, which `metric` measures; train: "all" or "dyt".
+    order; outputs: the output of both, which `metric` measures; train: "all" or "dyt"; about: what
+    is told of it while it goes on.
     """
 
     original: FxGraph
@@ -86,6 +97,12 @@ class Lesson:
     outputs: tuple[Value, Value]
     metric: str
     train: str
+    about: str = ""
+
+    @property
+    def places(self) -> list[tuple[Value, Value]]:
+        """All values that should agree, the output last."""
+        return [*self.pairs, self.outputs]
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters to train, by path."""
@@ -96,24 +113,28 @@ class Lesson:
         return {path: tensor for path, tensor in found.items() if path in own}
 
 
+Course = Sequence[tuple[float, Callable[[FxGraph | None], Lesson]]]
+"""The stages of a run: up to which share of it each one goes, and what makes its lesson of the
+graph that the stage before ended with."""
+
+
 @dataclass(frozen=True)
 class Recovered:
-    """A graph with the best weights of the run, and the run.
+    """A graph with the best weights of the run's last stage, and the run.
 
-    before, after: the held-out error; curve: (share of the run, held-out error); seconds: of
-    wall time, those of a run that this one went on from included.
+    curve: (share of the run, held-out error); stages: where in the curve each stage begins;
+    seconds: of wall time, those of a run that this one went on from included.
     """
 
     graph: FxGraph
-    before: float
-    after: float
     curve: tuple[tuple[float, float], ...]
+    stages: tuple[int, ...]
     steps: int
     seconds: float
 
 
 def recover(
-    lesson: Lesson,
+    course: Course,
     loaders: Sequence[Callable[[], Batch]],
     measure: Measure,
     limit: Limit,
@@ -123,109 +144,168 @@ def recover(
 ) -> Recovered:
     """Train copies of the converted graph's weights; the given graphs stay as they are.
 
-    loaders: the batches to learn from; measure: the held-out error, by which the weights to
-    return are chosen, those that came in among them. checkpoint: written at every evaluation; a
-    run goes on from it where it exists. With a limit in steps the result depends on nothing but
-    the arguments.
+    loaders: the batches to learn from; measure: the held-out error, by which the weights that a
+    stage ends with are chosen, those that came in among them. checkpoint: written at every
+    evaluation; a run goes on from it where it exists. With a limit in steps the result depends on
+    nothing but the arguments.
 
     Raises OptionError where there is nothing to train, CalibrationError for a checkpoint that is
     damaged or of another run.
     """
-    run = _Run(lesson, seed)
+    lesson = course[0][1](None)
+    name = _fingerprint(lesson, [end for end, _ in course], seed)
+    progress, tensors = _Progress(), dict[str, Tensor]()
     if checkpoint is not None and checkpoint.is_file():
-        run.load(checkpoint)
-    if not run.curve:
-        run.evaluate(measure, 0.0)
-    batches = run.batches(loaders)
-    ticks = range(math.floor(run.share(limit) * TICKS) + 1, TICKS + 1)
-    for tick in track(ticks, run.told, TICKS):
-        while run.share(limit) < tick / TICKS:
-            run.step(next(batches), run.share(limit))
-        if tick % EVERY == 0:
-            run.evaluate(measure, tick / TICKS)
-            if checkpoint is not None:
-                run.save(checkpoint)
-            if run.hopeless:
-                break
-    return run.recovered()
+        held, tensors = load_checkpoint(checkpoint, name)
+        progress = _Progress.of(held)
+    teacher = _Teacher(lesson.original, [value for value, _ in lesson.places])
+    graph = lesson.converted
+    for number, (end, lesson_of) in enumerate(course):
+        if number:
+            lesson = lesson_of(graph)
+            graph = lesson.converted
+        if number < len(progress.stages) - 1:
+            continue  # it is over: the checkpoint has the weights of a later one
+        run = _Run(lesson, teacher, progress, seed, loaders[0]())
+        if number < len(progress.stages):
+            run.load(tensors)
+        else:
+            run.begin(measure, limit)
+        for done in track(run.learn(loaders, limit, end), run.told, run.ticks(end)):
+            if done is not None:
+                run.evaluate(measure, done)
+                if checkpoint is not None:
+                    save_checkpoint(checkpoint, name, progress.held(), run.tensors())
+                if run.hopeless:
+                    break
+        graph = run.graph()
+    return Recovered(
+        graph, tuple(progress.curve), tuple(progress.stages), progress.steps, progress.elapsed()
+    )
 
 
 @dataclass
 class _Progress:
-    """What of a run is no tensor."""
+    """What of a run is no tensor.
+
+    stages: where in the curve each stage begins; began: at which share of the run the last one
+    did; rates: its learning rates.
+    """
 
     steps: int = 0
     seconds: float = 0.0
     epoch: int = 0
     taken: int = 0
     scale: float = 65536.0
+    began: float = 0.0
+    stages: list[int] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
     curve: list[tuple[float, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._since = time.perf_counter()
+
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> _Progress:
+        """What `held` gave."""
+        found = cls(**held)
+        found.curve = [(share, error) for share, error in found.curve]
+        return found
+
+    def held(self) -> dict[str, Any]:
+        """All of it, as JSON data."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "seconds": self.elapsed()}
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return self.seconds + time.perf_counter() - self._since
+
+    def errors(self) -> list[float]:
+        """Held-out errors of the last stage."""
+        return [error for _, error in self.curve[self.stages[-1] :]]
 
 
 class _Run:
-    """The weights on their way: float32 masters, their optimizer, and the best ones so far."""
+    """A stage's weights on their way: float32 masters, their optimizer, and the best ones."""
 
-    def __init__(self, lesson: Lesson, seed: int) -> None:
+    def __init__(
+        self, lesson: Lesson, teacher: _Teacher, progress: _Progress, seed: int, batch: Batch
+    ) -> None:
         self._lesson = lesson
+        self._teacher = teacher
+        self._progress = progress
         self._seed = seed
         self._given = lesson.trained()
         self._masters = _masters(self._given)
         self._distinct = {id(m): (path, m) for path, m in reversed(self._masters.items())}
         self._best = self._copied()
-        self._name = self._fingerprint()
         self._optimizer = torch.optim.AdamW(
-            [_group(path, m) for path, m in self._distinct.values()], weight_decay=0.0
+            [_group(path, m) for path, m in self._distinct.values()], weight_decay=0.0, fused=True
         )
-        self._rates = [group["lr"] for group in self._optimizer.param_groups]
         narrow = any(tensor.dtype is torch.float16 for tensor in self._given.values())
-        device = next(iter(self._masters.values())).device.type
-        self._scaler = torch.amp.GradScaler(device, enabled=narrow)
-        taught, student = zip(*lesson.pairs, lesson.outputs, strict=True)
-        self._teacher = watching(lesson.original, taught, cut=False)
-        self._blockwise = watching(lesson.converted, student, cut=True)
-        self._whole = watching(lesson.converted, student, cut=False)
-        self._progress = _Progress()
-        self._since = time.perf_counter()
-
-    @property
-    def curve(self) -> Sequence[tuple[float, float]]:
-        """(share of the run, held-out error) so far."""
-        return self._progress.curve
+        self._device = next(iter(self._masters.values())).device.type
+        self._scaler = torch.amp.GradScaler(self._device, enabled=narrow)
+        self._blockwise, self._whole = self._students(self._bfloat16_serves(batch))
 
     @property
     def hopeless(self) -> bool:
         """Whether nothing became better for a while."""
-        errors = [error for _, error in self.curve[1:]]
+        errors = self._progress.errors()[1:]
         return len(errors) - 1 - _best_place(errors) >= PATIENCE
 
     def told(self) -> str:
         """The run in words."""
-        return f"recovering, held-out error {self.curve[-1][1]:.4g}" if self.curve else "recovering"
+        return f"recovering{self._lesson.about}, held-out error {self._progress.curve[-1][1]:.4g}"
 
-    def share(self, limit: Limit) -> float:
-        """How much of the run is over."""
-        return limit.share(self._seconds(), self._progress.steps)
+    def ticks(self, end: float) -> int:
+        """In how many parts the stage is shown."""
+        return max(1, round(TICKS * (end - self._progress.began)))
 
-    def batches(self, loaders: Sequence[Callable[[], Batch]]) -> Iterator[Batch]:
-        """Batches without end, from where the run is; every epoch in an order of its own."""
+    def begin(self, measure: Measure, limit: Limit) -> None:
+        """Begin the stage."""
+        progress = self._progress
+        progress.began = limit.share(progress.elapsed(), progress.steps)
+        progress.stages.append(len(progress.curve))
+        progress.rates = [group["lr"] for group in self._optimizer.param_groups]
+        self.evaluate(measure, progress.began)
+
+    def learn(
+        self, loaders: Sequence[Callable[[], Batch]], limit: Limit, end: float
+    ) -> Iterator[float | None]:
+        """Learn until `end`, a share of the run; give the share where it is time to evaluate."""
+        progress, order = self._progress, self._order(len(loaders))
+        ticks, width = self.ticks(end), max(end - progress.began, 1e-9)
+
+        def part() -> float:
+            share = limit.share(progress.elapsed(), progress.steps)
+            return min(1.0, (share - progress.began) / width)
+
+        for tick in range(math.floor(part() * ticks) + 1, ticks + 1):
+            while part() < tick / ticks:
+                number = next(order)
+                self._step(number, loaders[number](), part())
+            time_is_up = tick % EVERY == 0 or tick == ticks
+            yield progress.began + width * tick / ticks if time_is_up else None
+
+    def _order(self, batches: int) -> Iterator[int]:
+        """Numbers of batches without end, from where the run is; each epoch has its own order."""
         while True:
-            seed = (self._seed, self._progress.epoch)
-            order = shuffled(self._lesson.converted, loaders, BATCH_SAMPLES, seed)
-            for number, batch in enumerate(order):
-                if number >= self._progress.taken:
-                    self._progress.taken += 1
-                    yield batch
+            order = np.random.default_rng((self._seed, self._progress.epoch)).permutation(batches)
+            for number in order[self._progress.taken :].tolist():
+                self._progress.taken += 1
+                yield number
             self._progress.epoch += 1
             self._progress.taken = 0
 
-    def step(self, batch: Batch, share: float) -> None:
-        """Learn from one batch."""
+    def _step(self, number: int, batch: Batch, share: float) -> None:
+        """Learn from the batch of that number."""
         progress = self._progress
         factor = min(1.0, (progress.steps + 1) / WARM_UP_STEPS) * _cosine(share)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self._optimizer.param_groups, progress.rates, strict=True):
             group["lr"] = rate * factor
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(batch, self._blockwise if share < BLOCKWISE else self._whole)
+        student = self._blockwise if share < BLOCKWISE else self._whole
+        loss = self._loss(batch, self._teacher(batch, number), student)
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(self._optimizer)
         torch.nn.utils.clip_grad_norm_([m for _, m in self._distinct.values()], CLIP)
@@ -237,28 +317,22 @@ class _Run:
         """Measure the weights as they would be returned, and keep them if they are the best."""
         error = measure(self._graph(self._masters)).error
         self._progress.curve.append((share, error))
-        errors = [error for _, error in self.curve]
+        errors = self._progress.errors()
         if _best_place(errors) == len(errors) - 1:
             self._best = self._copied()
 
-    def save(self, path: Path) -> None:
-        """Write all that the run needs to go on."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the stage needs to go on."""
         tensors = {f"best/{name}": tensor for name, tensor in self._best.items()}
         for name, master in self._distinct.values():
             tensors[f"weight/{name}"] = master
             state = self._optimizer.state.get(master, {})
             tensors |= {f"{kind}/{name}": tensor for kind, tensor in state.items()}
-        self._progress.seconds = self._seconds()
-        self._since = time.perf_counter()
         self._progress.scale = self._scaler.get_scale()
-        save_checkpoint(path, self._name, vars(self._progress), tensors)
+        return tensors
 
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint."""
-        progress, tensors = load_checkpoint(path, self._name)
-        self._progress = _Progress(**progress)
-        self._progress.curve = [(share, error) for share, error in self._progress.curve]
-        self._since = time.perf_counter()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(
                 self._scaler.state_dict() | {"scale": self._progress.scale}
@@ -273,27 +347,19 @@ class _Run:
             own = tensor if kind == "step" else tensor.to(masters[name].device)
             self._optimizer.state[masters[name]][kind] = own
 
-    def recovered(self) -> Recovered:
+    def graph(self) -> FxGraph:
         """The best weights in a graph of their own."""
-        errors = [error for _, error in self.curve]
         best = {path: self._best[self._distinct[id(m)][0]] for path, m in self._masters.items()}
-        return Recovered(
-            self._graph(best),
-            errors[0],
-            errors[_best_place(errors)],
-            tuple(self.curve),
-            self._progress.steps,
-            self._seconds(),
-        )
+        return self._graph(best)
 
-    def _loss(self, batch: Batch, student: torch.fx.GraphModule) -> Tensor:
+    def _loss(
+        self, batch: Batch, taught: Sequence[Tensor], student: torch.fx.GraphModule
+    ) -> Tensor:
         """The error at the output and the mean error at the sites."""
-        given = tuple(batch[name] for name in self._lesson.original.inputs)
-        with torch.no_grad():
-            *taught, f = self._teacher(*given)
         weights = {path: m.to(self._given[path].dtype) for path, m in self._masters.items()}
         given = tuple(batch[name] for name in self._lesson.converted.inputs)
         *made, g = functional_call(student, weights, given, tie_weights=False)
+        *taught, f = taught
         counted = attention_mask(batch, self._lesson.original)
         mask = None if counted is None else torch.from_numpy(counted).to(f.device)
         loss = LOSSES[self._lesson.metric](f, g, mask)
@@ -301,6 +367,28 @@ class _Run:
             sites = [relative(a, b, mask) for a, b in zip(taught, made, strict=True)]
             loss = loss + torch.stack(sites).mean()
         return loss
+
+    def _students(self, bfloat16: bool) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+        """The converted model, in parts that learn by themselves, and as a whole."""
+        lesson = self._lesson
+        places = [value for _, value in lesson.places]
+        return (
+            watching(lesson.converted, places, cut=True, bfloat16=bfloat16),
+            watching(lesson.converted, places, cut=False, bfloat16=bfloat16),
+        )
+
+    def _bfloat16_serves(self, batch: Batch) -> bool:
+        """Whether products can be computed in bfloat16: it is fast here, and the loss the same."""
+        tensors = self._given.values()
+        if not _fast_in_bfloat16(self._device) or any(t.dtype != torch.float32 for t in tensors):
+            return False
+        taught = self._teacher(batch)
+        with torch.no_grad():
+            exact, rounded = (
+                float(self._loss(batch, taught, self._students(bfloat16)[1]))
+                for bfloat16 in (False, True)
+            )
+        return abs(rounded - exact) <= BFLOAT16_TOLERANCE * exact
 
     def _graph(self, weights: Mapping[str, Tensor]) -> FxGraph:
         """The converted graph with these weights, in the dtypes that it had; shared ones shared."""
@@ -316,20 +404,45 @@ class _Run:
     def _copied(self) -> dict[str, Tensor]:
         return {path: master.detach().clone() for path, master in self._distinct.values()}
 
-    def _seconds(self) -> float:
-        return self._progress.seconds + time.perf_counter() - self._since
 
-    def _fingerprint(self) -> str:
-        """What a checkpoint of this run belongs to: the weights that came in, and the choices."""
-        lesson = self._lesson
-        places = [output.name for output in lesson.outputs]
-        found = hashlib.sha256(
-            json.dumps([lesson.metric, lesson.train, self._seed, places]).encode()
-        )
-        for path, tensor in self._given.items():
-            found.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+class _Teacher:
+    """What the original has where the converted model learns; kept, since batches come again."""
+
+    def __init__(self, graph: FxGraph, values: Sequence[Value]) -> None:
+        self._inputs = list(graph.inputs)
+        self._run = watching(graph, values, cut=False)
+        self._kept: dict[int, list[Tensor]] = {}
+        self._left_bytes = KEPT_BYTES
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, number: int | None = None) -> list[Tensor]:
+        """The values for a batch; of one with a number they are kept while there is room."""
+        if number is not None and number in self._kept:
+            return self._kept[number]
+        made = list(self._run(*(batch[name] for name in self._inputs)))
+        size = sum(tensor.nbytes for tensor in made)
+        if number is not None and size <= self._left_bytes:
+            self._left_bytes -= size
+            self._kept[number] = made
+        return made
+
+
+def _fast_in_bfloat16(device: str) -> bool:
+    """Whether the machine multiplies matrices of bfloat16 faster than those of float32."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return device == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def _fingerprint(lesson: Lesson, ends: Sequence[float], seed: int) -> str:
+    """What a checkpoint of a run belongs to: the weights that came in, and the choices."""
+    choices = [lesson.metric, lesson.train, seed, *ends, *(o.name for o in lesson.outputs)]
+    found = hashlib.sha256(json.dumps(choices).encode())
+    for path, tensor in lesson.trained().items():
+        found.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _masters(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -348,7 +461,8 @@ def _group(path: str, master: Tensor) -> dict[str, Any]:
     """A parameter with its learning rate, relative to its root mean square."""
     least = LEAST_SIZE.get(path.rpartition(".")[2], LEAST_SIZE[""])
     size = float(master.detach().square().mean().sqrt())
-    return {"params": [master], "lr": RATE * max(size, least)}
+    width = max(master.shape[1:], default=1)
+    return {"params": [master], "lr": RATE * max(size, least) * min(1, RATE_WIDTH / width) ** 0.5}
 
 
 def _cosine(share: float) -> float:

@@ -141,6 +141,7 @@ def _converted(report: Report, exported: OnnxExport | None) -> dict[str, Any]:
         "sites": _site_table(SITES, figures["sites"]),
         "refusals": _table(REFUSALS, figures["refusals"]),
         "cost": {name: figures[name] for name in cost},
+        "recovery": _recovery(report),
         "scatters": [_drawn(site.scatter) for site in report.sites],
         "seconds": [[name, f"{spent:.1f} s"] for name, spent in report.seconds.items()],
         "environment": list(map(list, report.environment.items())),
@@ -160,9 +161,28 @@ def _found(match: Match) -> dict[str, Any]:
         "sites": _site_table(FOUND, figures["sites"]),
         "refusals": _table(REFUSALS, figures["refusals"]),
         "cost": None,
+        "recovery": None,
         "scatters": [None] * len(match.sites),
         "seconds": [],
         "environment": list(map(list, environment().items())),
+    }
+
+
+def _recovery(report: Report) -> dict[str, Any] | None:
+    """The run of `recover`: its curve over seconds, and what it came to."""
+    found = report.recovery
+    if found is None:
+        return None
+    times = found.times()
+    return {
+        "about": f"{found.told()}.",
+        "metric": report.metric,
+        "times": times,
+        "errors": [error for _, error in found.curve],
+        "stages": [[times[place], sites] for place, sites in found.stages],
+        "chosen": found.chosen,
+        "before": found.before,
+        "after": report.error,
     }
 
 
@@ -204,6 +224,9 @@ def _cards(report: Report, exported: OnnxExport | None) -> list[dict[str, str]]:
         error = _error(report.error, report.standard_error)
         note = f"{report.metric}, converted against original, on {report.samples} unseen samples"
         cards.append(("Output error", error, note))
+    if report.recovery is not None:
+        before = f"{report.recovery.before:.3g}"
+        cards.append(("Before recovery", before, report.recovery.told()))
     if report.budget is not None:
         cards.append(("Budget", f"{report.budget:g}", f"for the {report.metric} output error"))
     cards.append(("Refused", str(len(report.refusals)), "normalizations that DyT cannot stand for"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -49,7 +50,8 @@ class Recovery:
     """The training that followed a conversion.
 
     train: "all" weights or those of "dyt" alone; before: the error on the report's samples without
-    it; curve: (share of the run, error on held-out samples, by which the weights were chosen).
+    it; curve: (share of the run, error on held-out samples, by which the weights were chosen);
+    stages: (place in the curve where it begins, sites that are DyT), several in a staged run.
     """
 
     train: str
@@ -57,6 +59,24 @@ class Recovery:
     steps: int
     seconds: float
     curve: tuple[tuple[float, float], ...]
+    stages: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def chosen(self) -> int:
+        """Where in the curve the weights are from: the least error of the last stage."""
+        first = self.stages[-1][0] if self.stages else 0
+        errors = [math.inf if math.isnan(error) else error for _, error in self.curve]
+        return min(range(first, len(errors)), key=errors.__getitem__)
+
+    def times(self) -> list[float]:
+        """Seconds at the places of the curve, if all of them took the same time."""
+        return [self.seconds * share / (self.curve[-1][0] or 1.0) for share, _ in self.curve]
+
+    def told(self) -> str:
+        """The run in words."""
+        weights = "all weights" if self.train == "all" else "α, γ and β"
+        stages = f" in {len(self.stages)} stages" if len(self.stages) > 1 else ""
+        return f"{self.steps} steps{stages}, {self.seconds:.0f} s, {weights} trained"
 
 
 @dataclass(frozen=True)

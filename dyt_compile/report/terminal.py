@@ -105,6 +105,9 @@ def report_table(report: Report) -> RenderableType:
     parts: list[RenderableType] = [table] if report.sites else []
     parts += _unmixed_tables(report)
     parts.append(Text(headline(report), style="bold"))
+    if report.recovery is not None:
+        errors = " ".join(_figure(error) for _, error in report.recovery.curve)
+        parts.append(Text(f"recovery: {report.recovery.told()}; held-out errors {errors}"))
     if report.refusals:
         parts.append(Text(f"{len(report.refusals)} refused; dyt-compile inspect says why"))
     return Group(*parts)

@@ -272,6 +272,18 @@ def test_recover_writes_every_format_and_leaves_no_checkpoint(
     }  # fmt: skip
 
 
+def test_recover_in_stages_tells_of_them(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "r.json"
+    options = ["--data", data, "--fit", "diagonal", "--steps", "80", "--report", report]
+    assert run("recover", model, "-o", tmp_path / "out.pt2", *options, "--staged") == 0
+    assert "80 steps in 2 stages" in " ".join(capsys.readouterr().out.split())
+    written = json.loads(report.read_text())
+    assert [sites for _, sites in written["recovery"]["stages"]] == [1, 2]
+    assert written["error"] < written["recovery"]["before"]
+
+
 def test_recover_of_an_onnx_file_names_the_closed_form_fits(
     model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

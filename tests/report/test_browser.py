@@ -13,7 +13,7 @@ import pytest
 
 from dyt_compile import Report, write_report
 
-from .models import HOSTILE, converted
+from .models import HOSTILE, converted, recovered
 
 pytest.importorskip("selenium")
 
@@ -138,6 +138,21 @@ def test_page_draws_every_chart_without_a_word_in_the_console(
     }  # fmt: skip
     assert not _wider(browser)
     assert _crossing(browser) == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_page_draws_the_errors_of_a_recovery(
+    browser: Browser, report: Report, tmp_path: Path, width: int
+) -> None:
+    browser.open(_write(recovered(report), tmp_path), width=width)
+    assert browser.errors() == []
+    assert _drawn(browser)["recovery"] == 5 + 1  # one error is NaN; the chosen one stands out
+    texts = browser.run(
+        "return [...document.querySelectorAll('#recovery svg text')].map((t) => t.textContent)"
+    )
+    assert {"2 DyT", "4 DyT", "seconds", "before", "after"} <= set(texts)
+    assert not _wider(browser)
+    assert [pair for pair in _crossing(browser) if pair[0] == "recovery"] == []
 
 
 def test_check_for_crossing_labels_can_fail(browser: Browser, page: Path) -> None:

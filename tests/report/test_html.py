@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import re
@@ -14,13 +15,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 
 import dyt_compile
 from dyt_compile import DytCompileError, write_report
 from dyt_compile.errors import MissingDependencyError, OptionError
 from dyt_compile.report.html import page
+from dyt_compile.report.terminal import report_table
 
-from .models import HOSTILE, converted, norms
+from .models import HOSTILE, converted, norms, recovered
 
 pytestmark = pytest.mark.core
 
@@ -182,6 +185,30 @@ def test_page_of_an_inspection_lists_what_was_found(tmp_path: Path) -> None:
     assert [row["affine"] for row in data["sites"]["rows"]] == ["γ β"] * 4
     write_report(found, tmp_path / "page.json")
     assert json.loads((tmp_path / "page.json").read_text()) == found.to_dict()
+
+
+def test_page_tells_how_the_model_recovered() -> None:
+    report = recovered(converted(NAMES).report)
+    data = _data(page(report))
+    assert data["recovery"]["times"] == [0, 30, 60, 60, 90, 120]
+    assert data["recovery"]["stages"] == [[0, 2], [60, 4]]
+    assert data["recovery"]["chosen"] == 4  # the least of the last stage: the NaN is none
+    assert data["recovery"]["before"] == 0.5
+    assert data["recovery"]["after"] == report.error
+    told = "80 steps in 2 stages, 120 s, all weights trained"
+    assert data["recovery"]["about"] == f"{told}."
+    card = {"label": "Before recovery", "value": "0.5", "note": told}
+    assert card in data["cards"]
+    assert _data(page(converted(NAMES).report))["recovery"] is None
+
+
+def test_terminal_tells_how_the_model_recovered() -> None:
+    console = Console(width=100, file=io.StringIO())
+    console.print(report_table(recovered(converted(NAMES).report)))
+    assert isinstance(console.file, io.StringIO)
+    told = " ".join(console.file.getvalue().split())
+    assert "(before recovery 0.5)" in told
+    assert "80 steps in 2 stages, 120 s, all weights trained; held-out errors 0.1 0.05 0.04" in told
 
 
 def test_json_has_the_figures_and_the_file_but_no_points(tmp_path: Path) -> None:

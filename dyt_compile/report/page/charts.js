@@ -124,6 +124,67 @@ function drawCost() {
   Plotly.react("cost", traces, layout(x, y), config());
 }
 
+function drawRecovery() {
+  const { metric, times, errors, stages, chosen, before, after } = data.recovery;
+  const { dyt, norm, quiet, line } = colours();
+  const [unit, seconds] = times.at(-1) > 120 ? ["minutes", 60] : ["seconds", 1];
+  const x = times.map((time) => time / seconds);
+  const y = errors.map(number);
+  const level = (name, value, color) => ({
+    name,
+    mode: "lines",
+    x: [x[0], x.at(-1)],
+    y: [number(value), number(value)],
+    line: { color, dash: "dash", width: 1.5 },
+    hovertemplate: `%{y:.3g}<extra>${name}, report samples</extra>`,
+  });
+  const traces = [
+    {
+      name: "held out",
+      mode: "lines+markers",
+      x,
+      y,
+      line: { color: dyt, width: 1.5 },
+      marker: { color: dyt, size: 6 },
+      hovertemplate: `%{x:.3g} ${unit}: %{y:.3g}<extra>held out</extra>`,
+    },
+    {
+      name: "chosen",
+      mode: "markers",
+      x: [x[chosen]],
+      y: [y[chosen]],
+      marker: { color: dyt, size: 12, symbol: "diamond" },
+      hovertemplate: `%{x:.3g} ${unit}: %{y:.3g}<extra>chosen</extra>`,
+    },
+    level("before", before, norm),
+    level("after", after, quiet),
+  ];
+  const begun = stages.length > 1 ? stages.map(([time, count]) => [time / seconds, count]) : [];
+  const marks = {
+    shapes: begun.map(([time]) => ({
+      type: "line",
+      yref: "paper",
+      x0: time,
+      x1: time,
+      y0: 0,
+      y1: 1,
+      line: { color: line, width: 1 },
+    })),
+    annotations: begun.map(([time, count]) => ({
+      x: time,
+      y: 0,
+      yref: "paper",
+      xanchor: "left",
+      yanchor: "bottom",
+      showarrow: false,
+      text: `${count} DyT`,
+      font: { size: 12, color: quiet },
+    })),
+  };
+  const shown = axis(`${metric} error`, span([...errors, before, after]));
+  Plotly.react("recovery", traces, layout(axis(unit), shown, marks), config());
+}
+
 // A series over sites in execution order; hollow where the site keeps its norm.
 function overDepth(name, values, colour, symbol, solid) {
   const places = sites.map((_, place) => place).filter((place) => known(values[place]));
@@ -185,6 +246,7 @@ function drawCharts() {
   );
   const parts = {
     cost: [data.cost?.attempts.length > 1, drawCost],
+    recovery: [data.recovery, drawRecovery],
     alone: [
       alone.some(known),
       () =>

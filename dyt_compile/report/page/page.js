@@ -6,6 +6,7 @@ function list(id, entries) {
 function build() {
   byId("model").textContent = data.model;
   byId("headline").textContent = data.headline;
+  byId("about-recovery").textContent = data.recovery?.about ?? "";
   for (const { label, value, note } of data.cards) {
     const card = byId("cards").appendChild(element("div", undefined, "card"));
     card.append(
