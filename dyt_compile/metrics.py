@@ -45,13 +45,15 @@ class Measurement:
     """An error over `samples` samples, and the standard error of it (delta method).
 
     growth: the power of the error with which its standard error grows: 1 where samples differ by
-    a factor (relative, cosine, kl), 1/2 for shares (top1), 0 where neither is known.
+    a factor (relative, cosine, kl), 1/2 for shares (top1), 0 where neither is known. least: a
+    standard error below which no budget is held against it.
     """
 
     error: float
     standard_error: float
     samples: int
     growth: float = field(default=0.0, compare=False)
+    least: float = field(default=0.0, compare=False)
 
     def keeps(self, budget: float, deviations: float) -> bool:
         """Whether the error, plus so many standard errors, is within the budget.
@@ -66,7 +68,7 @@ class Measurement:
         if self.growth == 0.5 and self.error == 0:  # of 0 in n, a share's own tells nothing
             return math.sqrt(budget / max(self.samples, 1))
         if self.growth == 0 or not 0 < self.error < budget:
-            return self.standard_error
+            return max(self.standard_error, self.least)
         return float(self.standard_error * (budget / self.error) ** self.growth)
 
 
@@ -139,11 +141,11 @@ class Tally:
         spread = 0.0
         if samples > 1:
             spread = math.sqrt(samples / (samples - 1) * float(residues @ residues)) / total
-        if not isinstance(self._metric, str) and not numerators.any():
-            # Of nothing lost in so many samples: the next one may lose all that scores differ by.
-            spread = float(np.ptp(np.concatenate(self._scores))) / samples
+        least = 0.0
+        if self._scores:  # the next sample may lose all that scores differ by
+            least = float(np.ptp(np.concatenate(self._scores))) / samples
         if self._metric != "relative":
-            return Measurement(ratio, spread, samples, growth)
+            return Measurement(ratio, spread, samples, growth, least)
         root = math.sqrt(ratio)
         return Measurement(root, spread / (2 * root) if root else 0.0, samples, growth)
 

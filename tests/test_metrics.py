@@ -243,11 +243,13 @@ def test_function_may_return_a_tensor_of_bools() -> None:
     assert found.error == pytest.approx((f[:, 0] > 0).mean() - (g[:, 0] > 0).mean())
 
 
-def test_no_score_that_fell_leaves_what_one_sample_more_could_lose() -> None:
+def test_no_score_that_fell_proves_no_more_than_one_sample_more_could_lose() -> None:
     right = np.ones((40, 2))
     right[3] = 0
     found = _scored(_first, right, right)
-    assert (found.error, found.standard_error) == (0.0, 1 / 40)
+    assert (found.error, found.standard_error) == (0.0, 0.0)
+    assert not found.keeps(1.9 / 40, 2.0)
+    assert found.keeps(2.1 / 40, 2.0)
 
 
 def test_score_that_the_converted_model_lost_is_infinitely_bad() -> None:
