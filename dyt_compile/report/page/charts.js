@@ -73,9 +73,9 @@ function span(values) {
 // What a model with fewer norms is drawn against, of a point of the frontier.
 const AGAINST = {
   sites: { title: "converted sites", of: (point) => point.sites },
-  kernels: { title: "kernels saved, at most (estimate)", of: (point) => point.kernels_saved },
+  kernels: { title: "kernels saved, at most", of: (point) => point.kernels_saved },
   traffic: {
-    title: "memory traffic saved a sample, at most (estimate), MB",
+    title: "MB of traffic saved a sample, at most",
     of: (point) => point.traffic_bytes_saved / 1e6,
   },
 };
