@@ -62,7 +62,11 @@ class Measurement:
         interval of a share): samples that happen to miss the few bad ones show too small an error
         and too small a standard error. NaN keeps none.
         """
-        return self.error + deviations * self._standard_error_at(budget) <= budget
+        return self.upper(budget, deviations) <= budget
+
+    def upper(self, budget: float, deviations: float) -> float:
+        """The error plus so many of the standard errors that `keeps` counts."""
+        return self.error + deviations * self._standard_error_at(budget)
 
     def _standard_error_at(self, budget: float) -> float:
         if self.growth == 0.5 and self.error == 0:  # of 0 in n, a share's own tells nothing

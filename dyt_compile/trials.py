@@ -24,6 +24,9 @@ from .survey import Look
 
 __all__ = ["Outcome", "Trials"]
 
+DEVIATIONS = 1.64
+"""Standard errors by which the report samples must keep the budget at once: 95 %, one-sided."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -77,16 +80,17 @@ class Trials:
     def within(self, candidates: Sequence[str], budget: float) -> Outcome:
         """As many candidates as keep the budget, on the report samples too.
 
-        Where those break it, the sites are planned once more, for a smaller budget. Raises
-        BudgetError where they break it again.
+        A plan looks at its samples many times and takes the luckiest set; the report samples look
+        once. Where they leave a doubt, the sites are planned once more, for a smaller budget.
+        Raises BudgetError where the report's error is then above the budget.
         """
         found = self._outcome(self.plan(candidates, budget))
-        if found.measured.error <= budget:  # NaN keeps none
+        if found.measured.keeps(budget, DEVIATIONS):
             return found
-        again = self.plan(candidates, _tightened(budget, found.measured.error))
+        again = self.plan(candidates, _tightened(budget, found.measured.upper(budget, DEVIATIONS)))
         attempts = found.planned.attempts + again.attempts
         found = self._outcome(replace(again, attempts=attempts))
-        if not found.measured.error <= budget:
+        if not found.measured.error <= budget:  # NaN keeps none
             raise BudgetError(_broken(self._metric, found, budget))
         return found
 
@@ -191,12 +195,12 @@ class Trials:
         )
 
 
-def _tightened(budget: float, error: float) -> float:
-    """The budget to plan for once the report samples gave that error, by as much as they differ.
+def _tightened(budget: float, upper: float) -> float:
+    """The budget to plan for once the report samples reached that far, by as much as they differ.
 
-    Nothing where the error is infinite or NaN: then only sites without any error are converted.
+    Nothing where that is infinite or NaN: then only sites without any error are converted.
     """
-    return budget * (budget / error) if math.isfinite(error) else 0.0
+    return budget * (budget / upper) if math.isfinite(upper) else 0.0
 
 
 def _broken(metric: Metric, found: Outcome, budget: float) -> str:

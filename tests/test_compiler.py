@@ -277,6 +277,24 @@ def test_budget_that_the_report_samples_break_once_is_planned_again(
     assert len(report.attempts) >= len(sets) - 1
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(("standard_error", "plans"), [(0.0, 1), (0.05, 2)])
+def test_budget_that_the_report_samples_leave_in_doubt_is_planned_again(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, standard_error: float, plans: int
+) -> None:
+    counts: list[int] = []
+
+    def just_within(self: Any, graph: Any) -> Measurement:
+        counts.append(sum(term.op is Op.DYT for term in graph.terms))
+        return Measurement(0.29, standard_error, 32)
+
+    monkeypatch.setattr(trials.Trials, "verify", just_within)
+    report = convert(model, _batches(), budget=0.3).report
+    assert len(counts) == plans
+    assert report.error == 0.29  # in doubt, and within: twice is enough
+    assert report.converted == counts[-1] <= counts[0]
+
+
 class Fragile(Transformer):
     """Gives NaN where a sample is far out."""
 
