@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,23 +14,26 @@ from typing import Any
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
 from .data import split, whole
-from .errors import BudgetError, DataError, OptionError
+from .errors import DataError, OptionError
 from .graphs.base import Batch, Graph
-from .metrics import Measurement, check_metric
+from .metrics import Measurement, Metric, check_metric, named
 from .passes.capture import capture
 from .passes.fold import Folded
 from .passes.fold import fold as fold_graph
 from .passes.match import match
-from .passes.plan import Plan
 from .passes.rewrite import rewrite
 from .passes.verify import Reference, chosen_output
 from .report import Report
 from .report.assembly import assemble
+from .report.records import FrontierPoint
 from .shelf import Shelf
 from .sites import Match
+from .survey import hardships, warning
 from .trials import Trials
 
 __all__ = ["Conversion", "compare", "convert", "fold", "inspect"]
+
+logger = logging.getLogger("dyt_compile")
 
 MODES = ("exact", "budget", "all")
 FITS = ("auto", "diagonal", "full")
@@ -104,7 +107,7 @@ def convert(
     *,
     mode: str | None = None,
     budget: float = 0.05,
-    metric: str = "relative",
+    metric: Metric = "relative",
     output: str | None = None,
     example: Any = None,
     dynamic_shapes: Any = None,
@@ -113,6 +116,7 @@ def convert(
     provider: str = "cpu",
     fold: bool = False,
     fit: str = "auto",
+    frontier: bool = False,
 ) -> Conversion:
     """Replace the norms of a model by Dynamic Tanh.
 
@@ -123,8 +127,9 @@ def convert(
 
     mode "exact" recognises the DyT and Derf that the model holds and leaves its norms alone;
     "budget" converts as many norms as keep the error at `output` (by default the first
-    floating-point one) within `budget`, in `metric`: "relative", "cosine", "kl" (nats a position)
-    or "top1"; "all" converts every norm and reports what that cost. Default: "budget" with
+    floating-point one) within `budget`, in `metric`: "relative", "cosine", "kl" (nats a position),
+    "top1", or a function of your own, whose loss is the error (`metrics.Score` says what it gets
+    and gives); "all" converts every norm and reports what that cost. Default: "budget" with
     batches, "exact" without. Sites whose name matches a regular expression of `exclude` (one, or
     several) keep their norm.
 
@@ -132,7 +137,11 @@ def convert(
     its channels where the weights of all its readers can take that up (linear layers, 1 x 1
     convolutions), so that it costs nothing when the model runs; "auto" chooses by the error on
     held-out rows. The report says which, and why not the other. fold: exact algebra afterwards, as
-    in `fold`.
+    in `fold`. frontier: measure the error against the number of converted sites, too, for the
+    report: at most 16 more calibrations.
+
+    Before anything is fitted, a warning of the logger "dyt_compile" names the sites that are known
+    to be hard; the report's sites have the reasons as `hard`.
 
     The model itself stays as it is. The result's `model` has parameters of its own where a norm
     was replaced, and shares all other weights with the original: to change one and keep the other
@@ -144,6 +153,8 @@ def convert(
     mode = _checked(mode, batches, budget, metric, seed)
     if fit not in FITS:
         raise OptionError(f"fit is {fit!r}; allowed: {', '.join(FITS)}")
+    if frontier and mode == "exact":
+        raise OptionError("frontier needs mode 'budget' or 'all': mode exact converts no norm")
     exclude = _patterns(exclude)
     clock = _Clock()
     with clock("capture"):
@@ -162,48 +173,41 @@ def convert(
     if mode == "exact" or batches is None:
         with clock("rewrite"):
             rewritten = rewrite(graph, found, None, ())
-        report = assemble(graph, found, mode, metric, output, seconds=clock.seconds)
+        report = assemble(graph, found, mode, named(metric), output, seconds=clock.seconds)
         probe = _probe(graph, args, kwargs)
         return _concluded(Conversion(rewritten, graph, found, None, report, probe), fold)
     with Shelf(graph) as shelf:
         trials = Trials(graph, found, split(graph, batches, seed), shelf, output, metric, seed, fit)
         candidates = _candidates(found, exclude)
-        with clock("calibrate and plan"):
-            if mode == "all":
-                attempt = trials.attempt(frozenset(candidates))
-                tried = (len(attempt.names), attempt.measurement.error)
-                planned = Plan(attempt, {}, (tried,))
-            else:
-                planned = trials.plan(candidates, budget)
-        with clock("rewrite"):
-            rewritten = trials.rewrite(planned)
-        with clock("verify"):
-            measured = trials.verify(rewritten)
-            if mode == "budget" and not measured.error <= budget:  # NaN keeps none
-                # Once back to the plan.
-                again = trials.plan(candidates, _tightened(budget, measured.error))
-                planned = replace(again, attempts=planned.attempts + again.attempts)
-                rewritten = trials.rewrite(planned)
-                measured = trials.verify(rewritten)
-                if not measured.error <= budget:
-                    raise BudgetError(_broken(metric, measured, budget, len(planned.converted)))
+        with clock("survey"):
+            hard = hardships(found.sites, trials.survey())
+            if told := warning(hard, candidates):
+                logger.warning(told)
+        with clock("calibrate, plan, verify"):
+            outcome = trials.all(candidates) if mode == "all" else trials.within(candidates, budget)
+        points: tuple[FrontierPoint, ...] = ()
+        if frontier:
+            with clock("frontier"):
+                points = trials.frontier(candidates)
     limit = budget if mode == "budget" else None
     report = assemble(
         graph,
         found,
         mode,
-        metric,
+        named(metric),
         output,
         budget=limit,
-        measured=measured,
-        planned=planned,
+        measured=outcome.measured,
+        planned=outcome.planned,
         isolated=trials.isolated,
+        hard=hard,
+        frontier=points,
         seconds=clock.seconds,
     )
-    chosen = planned.chosen
+    chosen = outcome.planned.chosen
     kept = trials.isolated if chosen is None else chosen.calibration
     probe = _probe(graph, args, kwargs)
-    return _concluded(Conversion(rewritten, graph, found, kept, report, probe), fold)
+    return _concluded(Conversion(outcome.graph, graph, found, kept, report, probe), fold)
 
 
 def _concluded(result: Conversion, fold: bool) -> Conversion:
@@ -219,7 +223,7 @@ def compare(
     b: Any,
     batches: Iterable[Any],
     *,
-    metric: str = "relative",
+    metric: Metric = "relative",
     output: str | None = None,
     examples: tuple[Any, Any] = (None, None),
     provider: str = "cpu",
@@ -228,7 +232,7 @@ def compare(
 
     Raises CaptureError, DataError or OptionError.
     """
-    check_metric(metric)
+    check_metric(metric, own=True)
     as_batches(batches)
     graphs = []
     for model, example in zip((a, b), examples, strict=True):
@@ -258,7 +262,7 @@ def _checked(
     mode: str | None,
     batches: Iterable[Any] | None,
     budget: Any,
-    metric: str,
+    metric: Any,
     seed: Any,
 ) -> str:
     """The mode to use; raises OptionError for every option that is not allowed."""
@@ -274,7 +278,7 @@ def _checked(
         raise OptionError(f"budget is {budget!r}; allowed: a number above 0")
     if not isinstance(seed, Integral) or seed < 0:
         raise OptionError(f"seed is {seed!r}; allowed: a whole number, 0 or above")
-    check_metric(metric)
+    check_metric(metric, own=True)
     if batches is not None:
         as_batches(batches)
     return chosen
@@ -298,24 +302,6 @@ def _check_pattern(pattern: Any) -> None:
         re.compile(pattern)
     except re.error as error:
         raise OptionError(f"exclude has {pattern!r}, no regular expression: {error}") from error
-
-
-def _tightened(budget: float, error: float) -> float:
-    """The budget to plan for once the report samples gave that error, by as much as they differ.
-
-    Nothing where the error is infinite or NaN: then only sites without any error are converted.
-    """
-    return budget * (budget / error) if math.isfinite(error) else 0.0
-
-
-def _broken(metric: str, measured: Measurement, budget: float, converted: int) -> str:
-    told = (
-        f"the {metric} error on the report samples is {measured.error:.4g} with {converted} sites "
-        f"converted, not within the budget of {budget:g} after planning twice; "
-    )
-    if math.isfinite(measured.error):
-        return f"{told}give more samples than {measured.samples * 4}, or a larger budget"
-    return f"{told}its outputs, or the original's, hold NaN or infinity on some of the samples"
 
 
 def _candidates(found: Match, exclude: Sequence[str]) -> list[str]:

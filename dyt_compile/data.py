@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,29 @@ __all__ = ["SHARES", "Part", "Splits", "attention_mask", "load", "pieces", "spli
 SHARES = (0.5, 0.25, 0.25)
 """Of the samples, for fitting, for planning, and for the report."""
 
+FIRST = 32
+"""Samples for a first look: a site's largest sigma is that of a token that every sample has."""
+
 
 @dataclass(frozen=True)
 class Part:
-    """A subset of the samples, as batches bound to the model's inputs; can be iterated again."""
+    """A subset of the samples, as batches bound to the model's inputs; can be iterated again.
+
+    places: of its samples among all, counted from 0, for each batch.
+    """
 
     make: Callable[[], Iterator[Batch]]
-    batches: int
-    samples: int
+    places: tuple[npt.NDArray[np.int64], ...] = field(repr=False)
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return len(self.places)
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+        return sum(map(len, self.places))
 
     def __iter__(self) -> Iterator[Batch]:
         return self.make()
@@ -36,17 +51,20 @@ class Part:
     def first(self, samples: int) -> Part:
         """About so many of the samples: whole batches, one at least."""
         count = max(1, min(self.batches, self.batches * samples // max(1, self.samples)))
-        share = math.ceil(self.samples * count / self.batches)
-        return Part(lambda: islice(self.make(), count), count, share)
+        return Part(lambda: islice(self.make(), count), self.places[:count])
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint samples for fitting, for planning, and for the figures in the report."""
+    """Disjoint samples for fitting, for planning, and for the figures in the report.
+
+    first: the first few of those for fitting.
+    """
 
     fit: Part
     plan: Part
     report: Part
+    first: Part
 
 
 def split(
@@ -73,6 +91,7 @@ def split(
     order = np.random.default_rng(seed).permutation(total)
     first, second = round(total * shares[0]), round(total * (shares[0] + shares[1]))
     chosen = [np.sort(order[:first]), np.sort(order[first:second]), np.sort(order[second:])]
+    chosen.append(chosen[0][:FIRST])
     starts = np.cumsum([0, *sizes])
     return Splits(*(splitter.part(indices, starts) for indices in chosen))
 
@@ -83,7 +102,7 @@ def whole(graph: Graph, batches: Iterable[Any]) -> Part:
     sizes = [splitter.size(batch) for batch in splitter.bound()]
     if not sizes:
         raise DataError("the data holds no batch")
-    return Part(splitter.bound, len(sizes), sum(sizes))
+    return Part(splitter.bound, tuple(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])))
 
 
 def pieces(
@@ -123,16 +142,15 @@ class _Splitter:
         return size
 
     def part(self, indices: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> Part:
-        places = np.searchsorted(indices, starts)
-        used = int(np.count_nonzero(np.diff(places)))
+        own = np.split(indices, np.searchsorted(indices, starts[1:-1]))
+        used = [number for number, places in enumerate(own) if len(places)]
 
         def make() -> Iterator[Batch]:
-            for number, batch in enumerate(self.bound()):
-                own = indices[places[number] : places[number + 1]] - starts[number]
-                if len(own):
-                    yield self.rows(batch, own)
+            for number, batch in enumerate(islice(self.bound(), used[-1] + 1)):
+                if len(own[number]):
+                    yield self.rows(batch, own[number] - starts[number])
 
-        return Part(make, used, len(indices))
+        return Part(make, tuple(own[number] for number in used))
 
     def rows(self, batch: Batch, rows: npt.NDArray[np.int64]) -> Batch:
         """Some samples of a batch, as many rows as given."""

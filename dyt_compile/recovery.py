@@ -246,7 +246,7 @@ def _step_size(result: Conversion) -> Callable[[Batch, int], int]:
         (value,) = run([batch[name] for name in graph.inputs])
         positions = math.prod(value.shape) / (site.channels or value.shape[-1])
         least, most = STEP_SAMPLES
-        return min(most, max(least, round(STEP_POSITIONS * samples / positions)))
+        return int(min(most, max(least, round(STEP_POSITIONS * samples / positions))))
 
     return size
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "ELEMENTWISE",
     "SHAPE_READERS",
     "Alias",
     "Op",

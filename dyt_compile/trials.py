@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from .calibration import Calibration
 from .data import Splits
+from .errors import BudgetError
 from .graphs.base import Graph
-from .metrics import Measurement
-from .passes.calibrate import calibrate
-from .passes.plan import Attempt, Plan, plan
+from .metrics import Measurement, Metric, described, named
+from .passes.calibrate import calibrate, survey
+from .passes.plan import Attempt, Plan, frontier_sizes, in_order, plan
 from .passes.rewrite import rewrite
 from .passes.verify import Reference
 from .progress import track
+from .report.records import FrontierPoint
+from .savings import savings
 from .shelf import Shelf
 from .sites import Match
+from .survey import Look
 
-__all__ = ["Trials"]
+__all__ = ["Outcome", "Trials"]
+
+DEVIATIONS = 1.64
+"""Standard errors by which the report samples must keep the budget at once: 95 %, one-sided."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan, the graph that it makes, and that graph's error on the report samples."""
+
+    planned: Plan
+    graph: Graph
+    measured: Measurement
 
 
 class Trials:
@@ -29,7 +47,7 @@ class Trials:
         samples: Splits,
         shelf: Shelf,
         output: str,
-        metric: str,
+        metric: Metric,
         seed: int,
         fit: str,
     ) -> None:
@@ -42,7 +60,9 @@ class Trials:
         self._metric = metric
         self._shelf = shelf
         self._planning = self._reference("plan")
+        self._looks: Mapping[str, Look] | None = None
         self.isolated: Calibration | None = None
+        self._sensitivities: dict[str, float] = {}
         self._attempts: dict[frozenset[str], Attempt] = {}
 
     def attempt(self, names: frozenset[str]) -> Attempt:
@@ -51,16 +71,85 @@ class Trials:
             self._attempts[names] = self._attempt(names)
         return self._attempts[names]
 
+    def all(self, candidates: Sequence[str]) -> Outcome:
+        """Every candidate converted, whatever that costs."""
+        attempt = self.attempt(frozenset(candidates))
+        tried = (len(attempt.names), attempt.measurement.error)
+        return self._outcome(Plan(attempt, self._sensitivities, (tried,)))
+
+    def within(self, candidates: Sequence[str], budget: float) -> Outcome:
+        """As many candidates as keep the budget, on the report samples too.
+
+        A plan looks at its samples many times and takes the luckiest set; the report samples look
+        once. Where they leave a doubt, the sites are planned once more, for a smaller budget.
+        Raises BudgetError where the report's error is then above the budget.
+        """
+        found = self._outcome(self.plan(candidates, budget))
+        if found.measured.keeps(budget, DEVIATIONS):
+            return found
+        again = self.plan(candidates, _tightened(budget, found.measured.upper(budget, DEVIATIONS)))
+        attempts = found.planned.attempts + again.attempts
+        found = self._outcome(replace(again, attempts=attempts))
+        if not found.measured.error <= budget:  # NaN keeps none
+            raise BudgetError(_broken(self._metric, found, budget))
+        return found
+
     def plan(self, candidates: Sequence[str], budget: float) -> Plan:
         """Sensitivities from each site alone, then the search for the largest affordable set."""
+        return plan(self.sensitivities(candidates), self.attempt, budget)
+
+    def sensitivities(self, candidates: Sequence[str]) -> Mapping[str, float]:
+        """The error of each candidate that has a fit, converted alone."""
         if self.isolated is None:
             self.isolated = self._calibrated(())
-            self._sensitivities = {
-                name: self._alone(self.isolated, name)
+            self._sensitivities.update(
+                (name, self._alone(self.isolated, name))
                 for name in track(candidates, "measuring sites", len(candidates))
                 if self.isolated.fits[name].parameters is not None
-            }
-        return plan(self._sensitivities, self.attempt, budget)
+            )
+        return self._sensitivities
+
+    def survey(self) -> Mapping[str, Look]:
+        """A first look at every site, before anything is fitted."""
+        if self._looks is None:
+            self._looks = survey(self._graph, self._match, self._samples.first)
+        return self._looks
+
+    def frontier(self, candidates: Sequence[str]) -> tuple[FrontierPoint, ...]:
+        """The error against the number of sites, the least sensitive first, as `plan` takes them.
+
+        Every point is calibrated and measured like a plan of just these sites.
+        """
+        order = in_order(self.sensitivities(candidates))
+        sizes = frontier_sizes(len(order))
+        points, taken = [], 0
+        for size in track(sizes, "measuring the frontier", len(sizes)):
+            names = frozenset(order[:size])
+            # Not kept: a calibration for each point is more than a large model's memory holds.
+            found = self._attempts.get(names) or self._attempt(names)
+            points.append(self._point(found, tuple(order[taken:size])))
+            taken = size
+        return tuple(points)
+
+    def _point(self, found: Attempt, added: tuple[str, ...]) -> FrontierPoint:
+        calls = self._tied(found.names)
+        saved = savings(
+            [site for site in self._match.sites if site.name in calls],
+            self.survey(),
+            tuple(self._graph.outputs.values()),
+        )
+        return FrontierPoint(
+            sites=len(calls),
+            added=added,
+            error=found.measurement.error,
+            standard_error=found.measurement.standard_error,
+            kernels_saved=saved.kernels,
+            traffic_bytes_saved=saved.traffic_bytes,
+        )
+
+    def _outcome(self, planned: Plan) -> Outcome:
+        rewritten = self.rewrite(planned)
+        return Outcome(planned, rewritten, self.verify(rewritten))
 
     def rewrite(self, planned: Plan) -> Graph:
         """The graph with the plan's sites converted."""
@@ -104,3 +193,23 @@ class Trials:
         return Reference(
             self._graph, samples, self._shelf, output=self._output, metric=self._metric
         )
+
+
+def _tightened(budget: float, upper: float) -> float:
+    """The budget to plan for once the report samples reached that far, by as much as they differ.
+
+    Nothing where that is infinite or NaN: then only sites without any error are converted.
+    """
+    return budget * (budget / upper) if math.isfinite(upper) else 0.0
+
+
+def _broken(metric: Metric, found: Outcome, budget: float) -> str:
+    measured = found.measured
+    told = (
+        f"the {described(named(metric))} on the report samples is {measured.error:.4g} with "
+        f"{len(found.planned.converted)} sites converted, not within the budget of {budget:g} "
+        "after planning twice; "
+    )
+    if math.isfinite(measured.error):
+        return f"{told}give more samples than {measured.samples * 4}, or a larger budget"
+    return f"{told}its outputs, or the original's, hold NaN or infinity on some of the samples"

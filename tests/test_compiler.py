@@ -277,6 +277,24 @@ def test_budget_that_the_report_samples_break_once_is_planned_again(
     assert len(report.attempts) >= len(sets) - 1
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(("standard_error", "plans"), [(0.0, 1), (0.05, 2)])
+def test_budget_that_the_report_samples_leave_in_doubt_is_planned_again(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, standard_error: float, plans: int
+) -> None:
+    counts: list[int] = []
+
+    def just_within(self: Any, graph: Any) -> Measurement:
+        counts.append(sum(term.op is Op.DYT for term in graph.terms))
+        return Measurement(0.29, standard_error, 32)
+
+    monkeypatch.setattr(trials.Trials, "verify", just_within)
+    report = convert(model, _batches(), budget=0.3).report
+    assert len(counts) == plans
+    assert report.error == 0.29  # in doubt, and within: twice is enough
+    assert report.converted == counts[-1] <= counts[0]
+
+
 class Fragile(Transformer):
     """Gives NaN where a sample is far out."""
 
@@ -296,6 +314,116 @@ def test_error_that_is_nan_does_not_keep_the_budget() -> None:
     with pytest.raises(BudgetError) as caught:
         convert(model, batches, budget=0.3)
     _assert_one_line(caught.value, "nan", "0.3", "NaN or infinity")
+
+
+# Frontier
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("mode", ["budget", "all"])
+def test_frontier_measures_each_number_of_sites_as_a_plan_would(
+    model: nn.Module, mode: str
+) -> None:
+    report = convert(model, _batches(), mode=mode, budget=0.15, frontier=True).report
+    assert [point.sites for point in report.frontier] == [1, 2, 3, 4]
+    alone = {site.name: site.sensitivity for site in report.sites}
+    added = [name for point in report.frontier for name in point.added]
+    assert added == sorted(SITES, key=lambda name: alone[name] or math.inf)
+    measured = {point.sites: point.error for point in report.frontier}
+    whole = convert(model, _batches(), mode="all").report
+    assert measured[4] == whole.attempts[0][1]  # fitted together, on the plan samples
+    assert all(error == measured[4] for count, error in report.attempts if count == 4)
+
+
+@pytest.mark.core
+def test_frontier_estimates_savings_of_every_point(model: nn.Module) -> None:
+    report = convert(model, _batches(), mode="all", frontier=True).report
+    assert [point.kernels_saved for point in report.frontier][-1] <= len(SITES)
+    saved = [point.traffic_bytes_saved for point in report.frontier]
+    assert saved == sorted(saved)
+    # Each site that stands behind the residual add saves one read of x; the last the write too.
+    assert saved[-1] in {4 * WIDTH * TOKENS * reads for reads in (4, 5)}
+    assert report.to_dict()["frontier"][0]["added"] == report.frontier[0].added
+
+
+@pytest.mark.core
+def test_frontier_keeps_what_was_excluded(model: nn.Module) -> None:
+    report = convert(model, _batches(), mode="all", exclude="^norm$", frontier=True).report
+    assert [point.sites for point in report.frontier] == [1, 2, 3]
+    assert all("norm" not in point.added for point in report.frontier)
+
+
+@pytest.mark.core
+def test_frontier_is_not_measured_unasked_and_refused_where_nothing_is_converted(
+    model: nn.Module, everything: Conversion
+) -> None:
+    assert everything.report.frontier == ()
+    with pytest.raises(OptionError) as caught:
+        convert(model, example=(_inputs(),), frontier=True)
+    _assert_one_line(caught.value, "frontier", "'budget' or 'all'")
+
+
+# A metric of one's own
+
+
+def _labels(model: nn.Module) -> Tensor:
+    return torch.cat([_call(model, *batch) for batch in _batches()]).argmax(-1)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("source", ["torch", "onnx"])
+def test_own_metric_counts_in_budget_and_report(
+    source: str, model: nn.Module, onnx_file: Path
+) -> None:
+    labels = _labels(model)
+    inputs = torch.cat([x for (x,) in _batches()])
+
+    def agreement(output: Any, given: Any, places: Any) -> Tensor:
+        (x,) = given.values()
+        assert torch.equal(torch.from_numpy(x), inputs[places])
+        found: Tensor = (torch.from_numpy(output).argmax(-1) == labels[places]).float().mean(1)
+        return found
+
+    start: Any = model if source == "torch" else onnx_file
+    batches: Any = _batches() if source == "torch" else [(x.numpy(),) for (x,) in _batches()]
+    own = convert(start, batches, metric=agreement, budget=0.08).report
+    top1 = convert(start, batches, metric="top1", mode="all").report
+    every = convert(start, batches, metric=agreement, mode="all").report
+    assert own.metric == "agreement"
+    assert own.error is not None
+    assert own.error <= 0.08
+    assert every.error == pytest.approx(top1.error)  # the original agrees with itself everywhere
+    assert every.standard_error == pytest.approx(top1.standard_error)
+
+
+@pytest.mark.core
+def test_compare_takes_a_metric_of_ones_own(model: nn.Module, everything: Conversion) -> None:
+    def nearness(output: Any, given: Any, places: Any) -> Any:
+        return -abs(output).mean((1, 2)) if len(places) else ()
+
+    found = compare(model, everything.model, _batches(), metric=nearness)
+    x = torch.cat([x for (x,) in _batches()])
+    expected = _call(everything.model, x).abs().mean() - _call(model, x).abs().mean()
+    assert found.error == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.core
+def test_metric_that_is_no_function_and_no_name_is_refused(model: nn.Module) -> None:
+    with pytest.raises(OptionError) as caught:
+        convert(model, _batches(), metric=3)  # type: ignore[arg-type]
+    _assert_one_line(caught.value, "metric is 3", "top1", "or a function")
+
+
+@pytest.mark.core
+def test_recover_refuses_a_metric_of_ones_own(model: nn.Module) -> None:
+    def score(output: Any, given: Any, places: Any) -> Any:
+        return -abs(output).mean((1, 2))
+
+    result = convert(model, _batches(), mode="all", metric=score, fit="diagonal")
+    for metric in (None, score):
+        with pytest.raises(OptionError) as caught:
+            dyt_compile.recover(result, _batches(), steps=1, metric=metric)  # type: ignore[arg-type]
+        _assert_one_line(caught.value, "score", "allowed: relative, cosine, kl, top1")
 
 
 # Exclude

@@ -19,7 +19,18 @@ LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress"),
     ("terms", "batches", "files", "fits", "ridge", "metrics", "nn", "huggingface", "scatter"),
-    ("sites", "proof", "calibration", "channels", "constants", "producers", "mixing", "views"),
+    (
+        "sites",
+        "proof",
+        "calibration",
+        "channels",
+        "constants",
+        "producers",
+        "mixing",
+        "views",
+        "survey",
+        "savings",
+    ),
     ("checkpoints", "losses", "training"),
     # a model as a graph, and what runs it
     ("graphs", "runtime"),

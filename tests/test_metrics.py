@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyt_compile.errors import DataError, OptionError
-from dyt_compile.metrics import METRICS, Measurement, Tally, check_metric
+from dyt_compile.metrics import METRICS, Measurement, Tally, check_metric, described, named
 
 pytestmark = pytest.mark.core
 
@@ -155,8 +157,151 @@ def test_measurement_of_nothing_is_zero() -> None:
     assert Tally("kl").measurement() == Measurement(0.0, 0.0, 0)
 
 
-def test_measurement_upper_adds_standard_errors() -> None:
-    assert Measurement(0.1, 0.02, 9).upper(1.5) == pytest.approx(0.13)
+def test_measurement_keeps_a_budget_that_its_standard_errors_reach() -> None:
+    measured = Measurement(0.1, 0.02, 9)
+    assert measured.keeps(0.1301, 1.5)
+    assert not measured.keeps(0.1299, 1.5)
+    assert not Measurement(math.nan, math.nan, 9).keeps(1e9, 1.5)
+
+
+def test_standard_error_is_that_of_an_error_as_large_as_the_budget() -> None:
+    factor = Measurement(0.1, 0.02, 9, growth=1.0)  # 0.04 at a budget of 0.2
+    assert not factor.keeps(0.2, 2.6)
+    assert factor.keeps(0.2, 2.4)
+    share = Measurement(0.1, 0.02, 9, growth=0.5)  # 0.02 * 2 ** 0.5
+    assert not share.keeps(0.2, 3.6)
+    assert share.keeps(0.2, 3.5)
+
+
+def test_no_sample_of_few_that_differs_proves_no_small_share() -> None:
+    none_of_300 = Measurement(0.0, 0.0, 300, growth=0.5)
+    assert not none_of_300.keeps(0.005, 1.64)  # a share of 1 in 200 shows none in 300 at 22 %
+    assert none_of_300.keeps(0.02, 1.64)
+
+
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.1])
+def test_share_at_the_budget_is_kept_by_few_samples(share: float) -> None:
+    """Of true shares just above the budget hardly any pass, however few differ."""
+    generator = np.random.default_rng(0)
+    kept = 0
+    for _ in range(500):
+        tally = Tally("top1")
+        f = np.tile([1.0, 0.0], (300, 1))
+        differs = generator.random(300) < 1.01 * share
+        tally.add(f, np.where(differs[:, None], f[:, ::-1], f))
+        kept += tally.measurement().keeps(share, 1.64)
+    assert kept <= 0.05 * 500
+
+
+def _first(output: Array, inputs: Mapping[str, Any], places: Array) -> Array:
+    return output[:, 0]
+
+
+def _scored(score: Any, f: Array, g: Array, **given: Any) -> Measurement:
+    tally = Tally(score)
+    tally.add(f, g, **given)
+    return tally.measurement()
+
+
+def test_error_of_a_function_is_the_mean_loss_of_its_score() -> None:
+    f, g = _pair(50, 3)
+    found = _scored(_first, f, g)
+    losses = f[:, 0] - g[:, 0]
+    assert found.error == pytest.approx(losses.mean())
+    assert found.standard_error == pytest.approx(losses.std(ddof=1) / 50**0.5)
+    assert found.samples == 50
+    assert _scored(_first, g, f).error == pytest.approx(-losses.mean())  # it may gain
+
+
+def test_function_gets_the_inputs_and_places_of_its_samples() -> None:
+    seen = []
+
+    def score(output: Array, inputs: Mapping[str, Any], places: Array) -> list[float]:
+        seen.append((len(output), inputs["x"].tolist(), places.tolist()))
+        return [0.0] * len(output)
+
+    f, g = _pair(2, 3)
+    _scored(score, f, g, inputs={"x": np.array([5, 6])}, places=np.array([7, 9]))
+    assert seen == [(2, [5, 6], [7, 9])] * 2
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_function_gets_narrow_outputs_as_float32(dtype: npt.DTypeLike) -> None:
+    kinds = []
+
+    def score(output: Array, inputs: object, places: Array) -> Array:
+        kinds.append(output.dtype)
+        return np.zeros(len(output))
+
+    _scored(score, np.ones((2, 3), dtype), np.ones((2, 3), dtype))
+    assert kinds == [np.float32] * 2
+
+
+def test_function_may_return_a_tensor_of_bools() -> None:
+    f, g = _pair(40, 3, noise=2.0)
+    found = _scored(lambda output, *_: torch.from_numpy(output)[:, 0] > 0, f, g)
+    assert found.error == pytest.approx((f[:, 0] > 0).mean() - (g[:, 0] > 0).mean())
+
+
+def test_no_score_that_fell_proves_no_more_than_one_sample_more_could_lose() -> None:
+    right = np.ones((40, 2))
+    right[3] = 0
+    found = _scored(_first, right, right)
+    assert (found.error, found.standard_error) == (0.0, 0.0)
+    assert not found.keeps(1.9 / 40, 2.0)
+    assert found.keeps(2.1 / 40, 2.0)
+
+
+def test_score_that_the_converted_model_lost_is_infinitely_bad() -> None:
+    f, g = _pair(6, 3)
+    g[2, 1] = np.nan
+    assert _scored(_first, f, g).error == math.inf  # the score itself reads the first column alone
+    lost = np.full_like(f, -1.0)
+    assert _scored(lambda o, *_: np.where(o[:, 0] == -1, -np.inf, 0.0), f, lost).error == math.inf
+
+
+def test_masked_positions_that_hold_nan_are_no_loss() -> None:
+    f, g = _pair(6, 4, 3)
+    g[2, 1] = np.nan
+    mask = np.ones((6, 4), bool)
+    mask[2, 1] = False
+    found = _scored(lambda output, *_: output[:, 0, 0], f, g, mask=mask)
+    assert found.error == pytest.approx((f - g)[:, 0, 0].mean())
+
+
+def _raises(*_: Any) -> Any:
+    raise KeyError("labels")
+
+
+@pytest.mark.parametrize(
+    ("score", "told"),
+    [
+        (_raises, "metric _raises raised KeyError: 'labels'"),
+        (lambda *_: 0.5, "returned a float; allowed: one number for each sample, here shape (4,)"),
+        (lambda *_: None, "returned a NoneType; allowed: one number for each sample"),
+        (lambda *_: ["a"] * 4, "returned a list; allowed: one number for each sample"),
+        (lambda output, *_: output, "returned a ndarray of shape (4, 3); allowed: one number"),
+        (lambda *_: [0, 0, math.nan, 0], "of the original is nan for sample 2; allowed: finite"),
+        (lambda: None, "raised TypeError"),
+    ],
+)
+def test_function_that_gives_no_scores_is_told_in_one_line(score: Any, told: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        _scored(score, *_pair(4, 3))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_metric_is_called_by_its_name() -> None:
+    assert (named("kl"), named(_first)) == ("kl", "_first")
+    assert described("kl") == "kl error"
+    assert described("accuracy") == "loss of accuracy"
+
+
+def test_function_is_a_metric_only_where_own_ones_are_allowed() -> None:
+    check_metric(_first, own=True)
+    with pytest.raises(OptionError, match="metric is <function _first"):
+        check_metric(_first)
 
 
 def test_metric_of_an_output_without_axes_is_one_sample() -> None:
@@ -217,7 +362,7 @@ def test_metric_of_an_output_that_lost_a_value_is_infinite(metric: str, bad: flo
     tally.add(f, g)
     found = tally.measurement()
     assert found.error == math.inf
-    assert not found.upper(2.0) <= 1e9
+    assert not found.keeps(1e9, 2.0)
     tally.add(np.where(np.isfinite(g), f, np.nan), g)  # the original holds NaN: not to be told
     assert math.isnan(tally.measurement().error)
 

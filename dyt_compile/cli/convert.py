@@ -11,11 +11,21 @@ import typer
 from .. import compiler
 from ..errors import OptionError
 from ..progress import reporting
-from ..report.terminal import fold_table, report_table
+from ..report.terminal import fold_table, frontier_table, report_table
 from ..report.writing import check_target, write_report
-from .options import BatchSize, Data, Exclude, Model, OutputName, ProviderName, Reports, Verbose
+from .options import (
+    BatchSize,
+    Data,
+    Exclude,
+    MetricName,
+    Model,
+    OutputName,
+    ProviderName,
+    Reports,
+    Verbose,
+)
 from .progress import TerminalReporter, console, tell_written
-from .sources import load_data, load_model
+from .sources import load_data, load_metric, load_model
 from .writing import check_out, write_model
 
 __all__ = ["convert"]
@@ -73,7 +83,7 @@ def convert(
         Mode | None, typer.Option(help="Default: budget with --data, exact without.")
     ] = None,
     max_error: Annotated[float, typer.Option(help="The budget of mode budget.")] = 0.05,
-    metric: Annotated[Metric, typer.Option(help="What the budget counts.")] = Metric.relative,
+    metric: MetricName = "relative",
     output: OutputName = None,
     exclude: Exclude = None,
     fit: Fit = FitMethod.auto,
@@ -97,6 +107,9 @@ def convert(
         bool,
         typer.Option("--fuse", help="Add and QuantizeLinear around a DyT into its node (exact)."),
     ] = False,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Also measure the error against converted sites.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Replace norms of MODEL by Dynamic Tanh and write the result.
@@ -111,6 +124,7 @@ def convert(
         raise OptionError("--calibration needs --data: mode exact fits nothing")
     for path in report or ():
         check_target(path)
+    counted = load_metric(metric)
     source = load_model(model)
     with reporting(TerminalReporter(console(stderr=True))):
         result = compiler.convert(
@@ -118,7 +132,7 @@ def convert(
             None if data is None else load_data(data, batch_size),
             mode=None if mode is None else mode.value,
             budget=max_error,
-            metric=metric.value,
+            metric=counted,
             output=output,
             example=source.example,
             exclude=tuple(exclude or ()),
@@ -126,12 +140,15 @@ def convert(
             provider=provider,
             fold=fold,
             fit=fit.value,
+            frontier=frontier,
         )
         written, told = write_model(
             result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider
         )
     if calibration is not None and result.calibration is not None:
         result.calibration.save(calibration)
+    if result.report.frontier:
+        console().print(frontier_table(result.report))
     console().print(report_table(result.report))
     if result.folded is not None:
         console().print(fold_table(result.folded))

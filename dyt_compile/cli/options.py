@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 __all__ = [
-    "BatchSize", "Data", "Exclude", "Model", "OutputName", "ProviderName", "Reports", "Verbose",
+    "BatchSize", "Data", "Exclude", "MetricName", "Model", "OutputName", "ProviderName", "Reports",
+    "Verbose",
 ]  # fmt: skip
 
 MODEL_HELP = (
@@ -23,6 +24,11 @@ Data = Annotated[str | None, typer.Option(help=DATA_HELP, show_default=False)]
 OutputName = Annotated[
     str | None, typer.Option(help="The output to measure; default: the first float one.")
 ]
+METRIC_HELP = (
+    "What the error counts: relative, cosine, kl, top1, or file.py:function, your own score of "
+    "each sample (higher is better)."
+)
+MetricName = Annotated[str, typer.Option(help=METRIC_HELP)]
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Keep sites whose name matches this REGEX.")
 ]

@@ -13,8 +13,9 @@ from typing import Any
 
 from .. import data
 from ..errors import CaptureError, DataError, OptionError
+from ..metrics import METRICS, Metric
 
-__all__ = ["Source", "load_data", "load_model"]
+__all__ = ["Source", "load_data", "load_metric", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ def load_data(text: str, batch_size: int) -> Iterable[Any]:
     return data.load(Path(text), batch_size)
 
 
+def load_metric(text: str) -> Metric:
+    """METRIC: the name of one, or file.py:function, the user's own code, a `metrics.Score`.
+
+    Raises OptionError, before a model is loaded.
+    """
+    if text in METRICS:
+        return text
+    return _function(text, "--metric", ", ".join(METRICS))
+
+
 class _Again:
     """Batches from a function, which is called anew whenever they are gone through."""
 
@@ -71,7 +82,7 @@ class _Again:
         return iter(batches)
 
 
-def _function(text: str, what: str, files: str) -> Callable[[], Any]:
+def _function(text: str, what: str, files: str) -> Callable[..., Any]:
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name.isidentifier():
         raise OptionError(
@@ -81,7 +92,7 @@ def _function(text: str, what: str, files: str) -> Callable[[], Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise OptionError(f"{place} has no function {name!r}")
-    found: Callable[[], Any] = function
+    found: Callable[..., Any] = function
     return found
 
 

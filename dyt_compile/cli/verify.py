@@ -8,11 +8,11 @@ import typer
 
 from .. import compiler
 from ..errors import VerificationError
+from ..metrics import described, named
 from ..progress import reporting
-from .convert import Metric
-from .options import DATA_HELP, BatchSize, Model, ProviderName, Verbose
+from .options import DATA_HELP, BatchSize, MetricName, Model, ProviderName, Verbose
 from .progress import TerminalReporter, console
-from .sources import load_data, load_model
+from .sources import load_data, load_metric, load_model
 
 __all__ = ["verify"]
 
@@ -22,7 +22,7 @@ def verify(
     b: Model,
     data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
     max_error: Annotated[float, typer.Option(help="The largest error that passes.")] = 1e-4,
-    metric: Annotated[Metric, typer.Option(help="How the error is measured.")] = Metric.relative,
+    metric: MetricName = "relative",
     output: Annotated[
         str | None, typer.Option(help="The output to compare; default: the first float one.")
     ] = None,
@@ -31,19 +31,20 @@ def verify(
     verbose: Verbose = False,
 ) -> None:
     """Run A and B on the same data and compare; exit status 1 when the error is too large."""
+    counted = load_metric(metric)
     first, second = load_model(a), load_model(b)
     with reporting(TerminalReporter(console(stderr=True))):
         measured = compiler.compare(
             first.model,
             second.model,
             load_data(data, batch_size),
-            metric=metric.value,
+            metric=counted,
             output=output,
             examples=(first.example, second.example),
             provider=provider,
         )
     line = (
-        f"{metric.value} error {measured.error:.4g} ± {measured.standard_error:.1g} "
+        f"{described(named(counted))} {measured.error:.4g} ± {measured.standard_error:.1g} "
         f"on {measured.samples} samples"
     )
     if not measured.error <= max_error:

@@ -7,6 +7,7 @@ norm puts out for the same samples. What waits between the parts lies on a shelf
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -27,9 +28,10 @@ from ..ridge import ROWS_PER_CHANNEL, fit_full
 from ..scatter import scatter
 from ..shelf import Kept, Shelf
 from ..sites import Match, NormKind, NormSite
+from ..survey import Look
 from ..terms import Value
 
-__all__ = ["calibrate", "fingerprint"]
+__all__ = ["calibrate", "fingerprint", "survey"]
 
 Array = npt.NDArray[np.float32]
 Affine = tuple[Array, Array]
@@ -78,6 +80,27 @@ def calibrate(
             walk.apply(site, fits[site.name] if site.name in convert else None, stage, following)
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
     return Calibration(MappingProxyType(fits), fingerprint(graph, match), done)
+
+
+def survey(graph: Graph, match: Match, samples: Part) -> dict[str, Look]:
+    """What every lossy site reads in the original; nothing is fitted or converted.
+
+    One pass over `samples`, which are few: of every row sigma alone is kept.
+    """
+    sites = [site for site in match.sites if not site.kind.lossless]
+    looks = {}
+    with Shelf(graph) as shelf:
+        walk = _Walk(graph, shelf, samples)
+        for stage, following, site in zip(*_paired(stages(graph, sites)), sites, strict=True):
+            walk.advance(stage)
+            walk.observe(site, stage, RowSample(0, 1))
+            centred = site.kind is NormKind.LAYER_NORM
+            sigma = np.concatenate([_sigma(x, centred=centred) for x, _ in walk.rows(site)])
+            looks[site.name] = Look(
+                _median_and_peak(sigma)[1], walk.elements(site) / samples.samples
+            )
+            walk.apply(site, None, stage, following)
+    return looks
 
 
 def fingerprint(graph: Graph, match: Match) -> tuple[SiteSketch, ...]:
@@ -220,6 +243,10 @@ class _Walk:
             y = self._graph.to_array(original[site.output].load())
             counted = layout.counted(mask, x.shape)
             yield layout.rows(x)[counted], layout.rows(y)[counted]
+
+    def elements(self, site: NormSite) -> int:
+        """How many elements the site's input has, over all batches."""
+        return sum(math.prod(values[site.input].shape) for values in self._converted)
 
     def apply(self, site: NormSite, fit: SiteFit | None, stage: Stage, following: Stage) -> None:
         """Put the site's output into the converted model, and drop what is used no more."""

@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ..calibration import Calibration
 from ..metrics import Measurement
 from ..progress import track
 
-__all__ = ["Attempt", "Plan", "plan"]
+__all__ = ["Attempt", "Plan", "frontier_sizes", "in_order", "plan"]
 
 DEVIATIONS = 1.64 * 2**0.5
 """The error plus so many standard errors must keep the budget: 95 % one-sided, for the difference
@@ -23,6 +25,9 @@ of two measurements, since the report samples are no more than the plan samples 
 
 PATIENCE = 3
 """Sites that may fail one after another before the search ends."""
+
+FRONTIER = 16
+"""Points of a frontier at most."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class _Search:
         attempt: Callable[[frozenset[str]], Attempt],
         budget: float,
     ) -> None:
-        self._order = sorted(sensitivities, key=lambda name: _rank(sensitivities[name]))
+        self._order = in_order(sensitivities)
         self._sensitivities = sensitivities
         self._attempt = attempt
         self._budget = budget
@@ -115,10 +120,26 @@ class _Search:
     def _affordable(self, names: frozenset[str]) -> bool:
         tried = self._attempt(names)
         self.log.append((len(names), tried.measurement.error))
-        kept = tried.measurement.upper(DEVIATIONS) <= self._budget
+        kept = tried.measurement.keeps(self._budget, DEVIATIONS)
         if kept and (self.best is None or len(names) > len(self.best.names)):
             self.best = tried
         return kept
+
+
+def in_order(sensitivities: Mapping[str, float]) -> list[str]:
+    """Sites as a plan takes them: the least sensitive first."""
+    return sorted(sensitivities, key=lambda name: _rank(sensitivities[name]))
+
+
+def frontier_sizes(sites: int) -> list[int]:
+    """Numbers of sites at which to measure a frontier: all up to `FRONTIER`, else as many or less.
+
+    Each is a calibration of its own. Those of many sites lie closer where there are few, since
+    that is where budgets end.
+    """
+    if sites <= FRONTIER:
+        return list(range(1, sites + 1))
+    return sorted({round(size) for size in np.geomspace(1, sites, FRONTIER)})
 
 
 def _rank(sensitivity: float) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy.typing as npt
+
 from ..data import Part, attention_mask
 from ..errors import DataError, OptionError
 from ..graphs.base import Batch, Graph
-from ..metrics import Measurement, Tally
+from ..metrics import Measurement, Metric, Tally
 from ..progress import track
 from ..shelf import Kept, Shelf
 from ..terms import Value
@@ -19,7 +21,7 @@ class Reference:
     """The original's output on some samples, kept to measure others against it."""
 
     def __init__(
-        self, graph: Graph, samples: Part, shelf: Shelf, *, output: str | None, metric: str
+        self, graph: Graph, samples: Part, shelf: Shelf, *, output: str | None, metric: Metric
     ) -> None:
         self.output = chosen_output(graph, output)
         self._named = output is not None
@@ -40,12 +42,17 @@ class Reference:
         tally = Tally(self._metric)
         value = converted.outputs[self._same_output(converted)]
         run = converted.segment(list(converted.inputs.values()), [value])
-        for batch, kept in zip(self._samples, self._kept, strict=True):
+        kept_batches = zip(self._samples, self._kept, self._samples.places, strict=True)
+        for batch, kept, places in kept_batches:
             (result,) = run(self._given(converted, batch))
             original = self._graph.to_array(kept.load())
             mask = attention_mask(batch, self._graph)
-            tally.add(original, converted.to_array(result), mask)
+            inputs = {} if isinstance(self._metric, str) else self._arrays(batch)
+            tally.add(original, converted.to_array(result), mask, inputs, places)
         return tally.measurement()
+
+    def _arrays(self, batch: Batch) -> dict[str, npt.NDArray[Any]]:
+        return {name: self._graph.to_array(native) for name, native in batch.items()}
 
     def _same_output(self, converted: Graph) -> str:
         names, others = list(self._graph.outputs), list(converted.outputs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from ..graphs.base import Graph
 from ..metrics import Measurement
 from ..passes.plan import Plan
 from ..sites import Match, NormSite
-from .records import Report, SiteReport, environment
+from .records import FrontierPoint, Report, SiteReport, environment
 
 __all__ = ["assemble"]
 
@@ -29,6 +31,8 @@ def assemble(
     measured: Measurement | None = None,
     planned: Plan | None = None,
     isolated: Calibration | None = None,
+    hard: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    frontier: tuple[FrontierPoint, ...] = (),
 ) -> Report:
     """The report; `planned`, `measured` and `isolated` are None in mode "exact"."""
     return Report(
@@ -40,11 +44,15 @@ def assemble(
         error=None if measured is None else measured.error,
         standard_error=None if measured is None else measured.standard_error,
         samples=0 if measured is None else measured.samples,
-        sites=tuple(_site_report(graph, site, planned, isolated) for site in found.sites),
+        sites=tuple(
+            replace(_site_report(graph, site, planned, isolated), hard=hard.get(site.name, ()))
+            for site in found.sites
+        ),
         refusals=tuple(refusal.to_dict() for refusal in found.refusals),
         attempts=() if planned is None else planned.attempts,
         seconds=seconds,
         environment=environment(),
+        frontier=frontier,
     )
 
 

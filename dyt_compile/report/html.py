@@ -17,6 +17,7 @@ import numpy as np
 from ..dyt import evaluate
 from ..errors import MissingDependencyError
 from ..exporters.onnx import OnnxExport
+from ..metrics import described
 from ..scatter import Scatter
 from ..sites import Match
 from .records import Report, environment
@@ -58,6 +59,7 @@ SITES = (
     Column("sensitivity", "alone", "number", "error at the output, only this site converted"),
     Column("sigma_median", "σ median", "number", "median over tokens of what the norm divides by"),
     Column("sigma_peak", "σ peak", "number", "largest σ over the median"),
+    Column("hard", "known hard", hint="known before it was fitted, from a few samples"),
     Column("reason", "why kept"),
     Column("unmixed", "why no matrix"),
     Column("consumers", "read by"),
@@ -131,16 +133,17 @@ def _strict(data: Any) -> Any:
 def _converted(report: Report, exported: OnnxExport | None) -> dict[str, Any]:
     """What the page of a conversion shows."""
     figures = report.to_dict()
-    cost = ("metric", "budget", "attempts", "converted", "error", "standard_error")
+    cost = ("frontier", "budget", "attempts", "converted", "error", "standard_error")
     for site in figures["sites"]:
         site["now"] = "DyT" if site["converted"] else "norm"
+        site["hard"] = ", ".join(site["hard"])
     return {
         "model": report.model,
         "headline": _headline(report),
         "cards": _cards(report, exported),
         "sites": _site_table(SITES, figures["sites"]),
         "refusals": _table(REFUSALS, figures["refusals"]),
-        "cost": {name: figures[name] for name in cost},
+        "cost": {"measure": described(report.metric)} | {name: figures[name] for name in cost},
         "recovery": _recovery(report),
         "scatters": [_drawn(site.scatter) for site in report.sites],
         "seconds": [[name, f"{spent:.1f} s"] for name, spent in report.seconds.items()],
@@ -207,7 +210,7 @@ def _headline(report: Report) -> str:
         return f"{told} Norms are left alone in mode {report.mode}: nothing was approximated."
     cost = (
         f"{told} On {report.samples} samples that took part in neither fit nor plan, "
-        f"{report.output!r} differs from the original by a {report.metric} error of "
+        f"{report.output!r} differs from the original by a {described(report.metric)} of "
         f"{_error(report.error, report.standard_error)}"
     )
     return f"{cost}." if report.budget is None else f"{cost}, within the budget of {report.budget}."
@@ -222,13 +225,16 @@ def _cards(report: Report, exported: OnnxExport | None) -> list[dict[str, str]]:
         cards.append(("Keep their norm", str(kept.total()), reasons or "none"))
     if report.error is not None:
         error = _error(report.error, report.standard_error)
-        note = f"{report.metric}, converted against original, on {report.samples} unseen samples"
+        note = (
+            f"{described(report.metric)}, converted against original, on {report.samples} unseen "
+            "samples"
+        )
         cards.append(("Output error", error, note))
     if report.recovery is not None:
         before = f"{report.recovery.before:.3g}"
         cards.append(("Before recovery", before, report.recovery.told()))
     if report.budget is not None:
-        cards.append(("Budget", f"{report.budget:g}", f"for the {report.metric} output error"))
+        cards.append(("Budget", f"{report.budget:g}", f"for the {described(report.metric)}"))
     cards.append(("Refused", str(len(report.refusals)), "normalizations that DyT cannot stand for"))
     if exported is not None:
         checked = exported.export_error

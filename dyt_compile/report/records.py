@@ -15,7 +15,7 @@ from typing import Any
 from ..files import replaced
 from ..scatter import Scatter
 
-__all__ = ["Recovery", "Report", "SiteReport", "environment"]
+__all__ = ["FrontierPoint", "Recovery", "Report", "SiteReport", "environment"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class SiteReport:
     converted model computes with, the mean where the model gave each channel its own.
     fit: "full", "diagonal", or None without one; unmixed: why not a full one.
     scatter: some inputs and outputs with the fit, used or not; drawn, and not part of the JSON.
+    hard: why the site was known to be hard to convert before it was fitted; empty where it was not.
     """
 
     name: str
@@ -43,6 +44,24 @@ class SiteReport:
     scatter: Scatter | None = field(default=None, repr=False, compare=False)
     fit: str | None = None
     unmixed: str | None = None
+    hard: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The model with so many sites converted, the least sensitive ones.
+
+    added: those that the point before has not; error, standard_error: at the output, in the
+    report's metric, on the plan samples. kernels_saved, traffic_bytes_saved (for each sample): an
+    estimate from shapes, not measured, and an upper bound; `savings` says how it is counted.
+    """
+
+    sites: int
+    added: tuple[str, ...]
+    error: float
+    standard_error: float
+    kernels_saved: int
+    traffic_bytes_saved: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +106,9 @@ class Report:
     samples that took part in neither fit nor plan (None in mode "exact"). What an exported file
     differs by from the converted model is no part of it: the exporter says that.
     attempts: (sites converted, error on the plan samples) of every set that was tried.
-    recovery: None where `recover` took no part.
+    metric: "relative", "cosine", "kl", "top1", or the name of the user's own function, whose error
+    is what the original scores more than the converted model.
+    recovery: None where `recover` took no part. frontier: empty where it was not asked for.
     """
 
     model: str
@@ -104,6 +125,7 @@ class Report:
     seconds: Mapping[str, float]
     environment: Mapping[str, str]
     recovery: Recovery | None = None
+    frontier: tuple[FrontierPoint, ...] = ()
 
     @property
     def converted(self) -> int:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from rich import box
+from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..metrics import described
 from ..passes.fold import Folded
 from ..sites import Match, NormSite
 from .records import Report
 
-__all__ = ["fold_table", "match_table", "report_table"]
+__all__ = ["fold_table", "frontier_table", "match_table", "report_table"]
+
+BAR = 24
+"""Columns of the largest bar."""
 
 
 def match_table(match: Match) -> RenderableType:
@@ -136,12 +142,48 @@ def fold_table(folded: Folded) -> RenderableType:
     return Group(*parts)
 
 
+def frontier_table(report: Report) -> RenderableType:
+    """The error against the number of converted sites, drawn, with what that would save.
+
+    Green: within the budget, its standard errors not counted.
+    """
+    heading = f"{described(report.metric)} against converted sites, on the plan samples"
+    table = _table("site added", "sites", "error", "", "kernels", "traffic")
+    known = [point.error for point in report.frontier if math.isfinite(point.error)]
+    largest = max([*known, 0.0])
+    for point in report.frontier:
+        last = point.added[-1] if point.added else ""
+        more = f" and {len(point.added) - 1} more" if len(point.added) > 1 else ""
+        within = report.budget is None or point.error <= report.budget
+        table.add_row(
+            Text(last + more), str(point.sites),
+            f"{point.error:.3g} ± {point.standard_error:.1g}",
+            Bar(largest or 1, 0, max(point.error, 0), width=BAR,
+                color="green" if within else "yellow"),
+            f"-{point.kernels_saved}", f"-{_bytes(point.traffic_bytes_saved)}",
+        )  # fmt: skip
+    note = (
+        "kernels and memory traffic a sample: an estimate from shapes, the most that it can be, "
+        "not measured"
+    )
+    return Group(Text(heading, style="bold"), table, Text(note, style="dim"))
+
+
+def _bytes(count: float) -> str:
+    """Bytes with a unit of a thousand of the one before."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
 def headline(report: Report) -> str:
     """One line: how many sites, at what error, within which budget."""
     converted = f"{report.model}: {report.converted} of {len(report.sites)} sites are DyT"
     if report.error is None:
         return f"{converted}; norms left alone (mode {report.mode})"
-    cost = f"{report.metric} error {report.error:.4g} ± {report.standard_error:.1g}"
+    cost = f"{described(report.metric)} {report.error:.4g} ± {report.standard_error:.1g}"
     if report.recovery is not None:
         cost += f" (before recovery {report.recovery.before:.4g})"
     budget = "" if report.budget is None else f", budget {report.budget:g}"

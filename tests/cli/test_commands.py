@@ -18,6 +18,8 @@ from dyt_compile import Calibration
 from dyt_compile.cli import main
 from dyt_compile.cli.sources import load_model
 
+from ..report.models import norms
+
 pytestmark = pytest.mark.core
 
 MODEL = """
@@ -192,9 +194,87 @@ def test_verify_fails_where_models_differ(
     assert run("verify", model, out, "--data", data, "--max-error", "0.9") == 0
 
 
+def test_convert_prints_the_frontier(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", data, "--max-error", "0.3", "--frontier", "--report", tmp_path / "r.json"]
+    assert convert(model, "-o", tmp_path / "o.onnx", *options) == 0
+    printed = capsys.readouterr()
+    assert all(len(line) <= 100 for line in printed.out.splitlines() if "wrote " not in line)
+    frontier = json.loads((tmp_path / "r.json").read_text())["frontier"]
+    assert [point["sites"] for point in frontier] == [1, 2]
+    assert "relative error against converted sites, on the plan samples" in printed.out
+    for point in frontier:
+        (row,) = (line for line in printed.out.splitlines() if f"{point['error']:.3g} ±" in line)
+        assert row.split()[:2] == [point["added"][0], str(point["sites"])]
+        assert "█" in row
+
+
+def test_convert_names_hard_sites_before_it_fits(tmp_path: Path) -> None:
+    onnx.save(norms(["first", "last"]), tmp_path / "m.onnx")
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "d.npz", x=random.normal(size=(32, 4, 16)).astype(np.float32))
+    options = ["--data", tmp_path / "d.npz", "--mode", "all", "-o", tmp_path / "o.onnx"]
+    command = [sys.executable, "-m", "dyt_compile", "convert", tmp_path / "m.onnx", *options]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    warned = told.index("known to be hard to convert: first (first norm), last (final norm)")
+    assert warned < told.index("calibrating")
+
+
+METRIC = """
+def share(output, inputs, places):
+    assert inputs["input"].shape == output.shape == (len(places), 3, 8)
+    return (output > 0).mean((1, 2))
+
+def one(output, inputs, places):
+    return 1.0
+"""
+
+
+def test_convert_and_verify_take_a_metric_from_a_file(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "score.py").write_text(METRIC)
+    metric = ["--metric", f"{tmp_path / 'score.py'}:share"]
+    out = tmp_path / "o.onnx"
+    options = ["--data", data, "--max-error", "0.2", *metric]
+    assert convert(model, "-o", out, *options, "--report", tmp_path / "r.json") == 0
+    assert "loss of share " in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["metric"] == "share"
+    assert run("verify", out, out, "--data", data, *metric) == 0
+    assert "loss of share 0 ± 0 on 64 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("mse", "OptionError: --metric is 'mse'; allowed: relative, cosine, kl, top1, file.py:fun"),
+        ("nix.py:share", "OptionError: file 'nix.py' does not exist"),
+        ("score.py:nix", "OptionError: score.py has no function 'nix'"),
+        ("score.py:one", "OptionError: metric one returned a float; allowed: one number for each"),
+    ],
+)
+def test_convert_names_what_is_wrong_with_a_metric(
+    metric: str,
+    expected: str,
+    model: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "score.py").write_text(METRIC)
+    options = ["-o", "o.onnx", "--data", data, "--metric", metric]
+    assert run("convert", model, *options) == 1
+    assert expected in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "o.onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["-o", "o.onnx", "--frontier"], "OptionError: frontier needs mode 'budget' or 'all'"),
         (["-o", "o.onnx", "--mode", "all"], "OptionError: mode 'all' needs data"),
         (["-o", "o.txt"], "OptionError: -o is 'o.txt'; allowed: a file that ends in .onnx, .pt2"),
         (["-o", "o.onnx", "--opset", "9"], "OptionError: opset is 9; allowed: 18 to 23"),

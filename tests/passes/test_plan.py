@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 
 from dyt_compile.calibration import Calibration
 from dyt_compile.metrics import Measurement
-from dyt_compile.passes.plan import DEVIATIONS, PATIENCE, Attempt, Plan, plan
+from dyt_compile.passes.plan import (
+    DEVIATIONS,
+    FRONTIER,
+    PATIENCE,
+    Attempt,
+    Plan,
+    frontier_sizes,
+    in_order,
+    plan,
+)
 
 pytestmark = pytest.mark.core
 
@@ -227,3 +237,22 @@ def test_plan_hands_on_its_sensitivities() -> None:
     sensitivities = _named([0.01, 0.5])
     planned = plan(sensitivities, Attempts(_additive(sensitivities)), 0.05)
     assert dict(planned.sensitivities) == sensitivities
+
+
+def test_order_is_from_the_least_sensitive_site_on_and_nan_is_last() -> None:
+    assert in_order({"broken": math.nan, "bad": 0.3, "good": 0.1}) == ["good", "bad", "broken"]
+
+
+@pytest.mark.parametrize("sites", [0, 1, 9, FRONTIER])
+def test_frontier_of_few_sites_has_a_point_for_each(sites: int) -> None:
+    assert frontier_sizes(sites) == list(range(1, sites + 1))
+
+
+@pytest.mark.parametrize("sites", [FRONTIER + 1, 65, 161, 1000])
+def test_frontier_of_many_sites_is_bounded_and_ends_with_all(sites: int) -> None:
+    sizes = frontier_sizes(sites)
+    assert (sizes[0], sizes[-1]) == (1, sites)
+    assert len(sizes) <= FRONTIER
+    steps = [after - before for before, after in pairwise(sizes)]
+    assert min(steps) >= 1
+    assert max(steps) == steps[-1]  # closest where few are converted

@@ -51,9 +51,9 @@ def norms(names: Sequence[str]) -> onnx.ModelProto:
 
 
 @cache
-def converted(names: tuple[str, ...], mode: str = "budget", budget: float = 0.1) -> (
-    dyt_compile.Conversion
-):  # fmt: skip
+def converted(
+    names: tuple[str, ...], mode: str = "budget", budget: float = 0.1, frontier: bool = False
+) -> dyt_compile.Conversion:
     """A conversion of `norms` on random samples of unequal sizes; not to be written to."""
     random = np.random.default_rng(1)
     sizes = random.uniform(0.5, 2.0, (64, 4, 1))
@@ -61,7 +61,7 @@ def converted(names: tuple[str, ...], mode: str = "budget", budget: float = 0.1)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "norms.onnx"
         onnx.save(norms(names), path)
-        return dyt_compile.convert(path, [(x,)], mode=mode, budget=budget)
+        return dyt_compile.convert(path, [(x,)], mode=mode, budget=budget, frontier=frontier)
 
 
 def recovered(report: dyt_compile.Report) -> dyt_compile.Report:

@@ -155,6 +155,40 @@ def test_page_draws_the_errors_of_a_recovery(
     assert [pair for pair in _crossing(browser) if pair[0] == "recovery"] == []
 
 
+CURVE = "return document.getElementById('cost').data.find((trace) => trace.name === 'frontier')"
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_frontier_is_drawn_against_what_is_chosen(
+    browser: Browser, tmp_path: Path, width: int
+) -> None:
+    report = converted(NAMES, frontier=True).report
+    browser.open(_write(report, tmp_path), width=width)
+    points = report.frontier
+    expected = {
+        "sites": [point.sites for point in points],
+        "kernels": [point.kernels_saved for point in points],
+        "traffic": [point.traffic_bytes_saved / 1e6 for point in points],
+    }
+    for against, x in expected.items():
+        _choose(browser, "against", against)
+        drawn = browser.run(CURVE)
+        assert drawn["x"] == pytest.approx(x)
+        assert drawn["y"] == pytest.approx([point.error for point in points])
+        taken = len(report.attempts) + 1 if against == "sites" else 0
+        assert _drawn(browser)["cost"] == len(points) + taken
+        assert not _wider(browser)
+        assert _crossing(browser) == []
+    assert browser.errors() == []
+
+
+def test_page_without_a_frontier_offers_nothing_to_draw_it_against(
+    browser: Browser, page: Path
+) -> None:
+    browser.open(page)
+    assert browser.run("return document.getElementById('frontier').hidden")
+
+
 def test_check_for_crossing_labels_can_fail(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.run(

@@ -92,6 +92,27 @@ def test_page_tells_what_the_report_says() -> None:
     assert dict(data["environment"])["numpy"] == np.__version__
 
 
+def test_page_holds_the_frontier_and_what_it_would_save() -> None:
+    report = converted(NAMES, frontier=True).report
+    data = _data(page(report))
+    assert [point["sites"] for point in data["cost"]["frontier"]] == [1, 2, 3, 4]
+    assert [point["error"] for point in data["cost"]["frontier"]] == [
+        point.error for point in report.frontier
+    ]
+    # The first norm reads the model's input, which no kernel makes.
+    assert report.frontier[-1].kernels_saved == 3
+    # 3 norms read a sum of 4 x 16 floats, which the residual reads, too.
+    assert report.frontier[-1].traffic_bytes_saved == 3 * 4 * 4 * 16
+    assert data["cost"]["measure"] == "relative error"
+    assert data["sites"]["rows"][0]["hard"] == "first norm"
+
+
+def test_page_calls_the_error_of_an_own_metric_a_loss() -> None:
+    data = _data(page(replace(converted(NAMES).report, metric="accuracy")))
+    assert data["cost"]["measure"] == "loss of accuracy"
+    assert "by a loss of accuracy of " in data["headline"]
+
+
 def test_page_draws_the_points_and_the_fit_of_every_site() -> None:
     report = converted(NAMES).report
     for site, drawn in zip(report.sites, _data(page(report))["scatters"], strict=True):

@@ -70,28 +70,72 @@ function span(values) {
   return { type: "log", tickvals: ticks, ticktext: ticks.map(significant), minor: { ticks: "" } };
 }
 
-function drawCost() {
-  const { attempts, budget, metric, converted, error, standard_error: deviation } = data.cost;
-  const { dyt, quiet, norm } = colours();
-  const best = new Map(); // the smallest error of each number of sites
+// What a model with fewer norms is drawn against, of a point of the frontier.
+const AGAINST = {
+  sites: { title: "converted sites", of: (point) => point.sites },
+  kernels: { title: "kernels saved, at most", of: (point) => point.kernels_saved },
+  traffic: {
+    title: "MB of traffic saved a sample, at most",
+    of: (point) => point.traffic_bytes_saved / 1e6,
+  },
+};
+
+function frontierTrace(frontier, against) {
+  const { quiet } = colours();
+  const added = ({ added: [first, ...more] }) =>
+    first === undefined ? "" : plain(first) + (more.length ? ` and ${more.length} more` : "");
+  return {
+    name: "frontier",
+    mode: "lines+markers",
+    x: frontier.map(against),
+    y: frontier.map((point) => number(point.error)),
+    error_y: {
+      type: "data",
+      array: frontier.map((point) => number(point.standard_error)),
+      color: quiet,
+      thickness: 1,
+    },
+    line: { color: quiet, width: 1.5 },
+    marker: { color: quiet, size: 7 },
+    customdata: frontier.map((point) => [
+      point.sites,
+      added(point),
+      point.kernels_saved,
+      significant(point.traffic_bytes_saved / 1e6),
+    ]),
+    hovertemplate:
+      "%{customdata[0]} converted: %{y:.3g}<br>added %{customdata[1]}<br>" +
+      "saves at most %{customdata[2]} kernels, %{customdata[3]} MB a sample (estimate)" +
+      "<extra>plan samples</extra>",
+  };
+}
+
+// The smallest error of each number of sites that was tried, joined.
+function bestTried(attempts) {
+  const best = new Map();
   for (const [count, missed] of attempts)
     if (known(missed)) best.set(count, Math.min(missed, best.get(count) ?? missed));
   const counts = [...best.keys()].sort((a, b) => a - b);
-  const traces = [
-    {
-      mode: "lines",
-      x: counts,
-      y: counts.map((count) => best.get(count)),
-      line: { color: quiet, width: 1 },
-      showlegend: false,
-      hoverinfo: "skip",
-    },
+  return {
+    mode: "lines",
+    x: counts,
+    y: counts.map((count) => best.get(count)),
+    line: { color: colours().quiet, width: 1 },
+    showlegend: false,
+    hoverinfo: "skip",
+  };
+}
+
+// Sets of sites: those that the plan tried, and the one that was taken.
+function planTraces({ attempts, converted, error, standard_error: deviation }) {
+  const { dyt, quiet } = colours();
+  return [
     {
       name: "tried",
       mode: "markers",
       x: attempts.map(([count]) => count),
       y: attempts.map(([, missed]) => number(missed)),
-      marker: { color: quiet, size: 8, opacity: 0.75 },
+      marker: { color: quiet, size: 8, opacity: 0.75, symbol: "circle-open" },
       hovertemplate: "%{x} converted: %{y:.3g}<extra>tried, plan samples</extra>",
     },
     {
@@ -104,24 +148,33 @@ function drawCost() {
       hovertemplate: "%{x} converted: %{y:.3g}<extra>taken, report samples</extra>",
     },
   ];
-  const total = sites.length;
+}
+
+function drawCost() {
+  const { frontier, attempts, budget, measure, error } = data.cost;
+  const chosen = byId("against").value;
+  const { title, of } = AGAINST[chosen];
+  const curve = frontier.length ? frontierTrace(frontier, of) : bestTried(attempts);
+  const traces = [curve, ...(chosen === "sites" ? planTraces(data.cost) : [])];
+  const most = chosen === "sites" ? sites.length : Math.max(...frontier.map(of));
   if (known(budget)) {
     traces.push({
       name: "budget",
       mode: "lines",
-      x: [-total, 2 * total],
+      x: [-most, 2 * most],
       y: [budget, budget],
       hoverinfo: "skip",
-      line: { color: norm, dash: "dash", width: 1.5 },
+      line: { color: colours().norm, dash: "dash", width: 1.5 },
     });
   }
-  const x = axis("converted sites", {
-    range: [-0.04 * total - 0.3, 1.04 * total + 0.3],
-    tickformat: "d",
+  const room = chosen === "sites" ? 0.3 : 0;
+  const x = axis(title, {
+    range: [-0.04 * most - room, 1.04 * most + room],
+    tickformat: chosen === "traffic" ? "" : "d",
     zeroline: false,
   });
-  const y = axis(`${metric} error`, span([...attempts.map(([, missed]) => missed), error]));
-  Plotly.react("cost", traces, layout(x, y), config());
+  const missed = [...attempts.map(([, found]) => found), ...frontier.map((point) => point.error)];
+  Plotly.react("cost", traces, layout(x, axis(measure, span([...missed, error]))), config());
 }
 
 function drawRecovery() {
@@ -245,12 +298,12 @@ function drawCharts() {
     known(site.sigma_median) && known(site.sigma_peak) ? site.sigma_median * site.sigma_peak : null,
   );
   const parts = {
-    cost: [data.cost?.attempts.length > 1, drawCost],
+    cost: [data.cost?.attempts.length > 1 || data.cost?.frontier.length > 0, drawCost],
     recovery: [data.recovery, drawRecovery],
     alone: [
       alone.some(known),
       () =>
-        drawDepth("alone", `${data.cost?.metric} error`, [
+        drawDepth("alone", data.cost?.measure ?? "", [
           split("DyT", alone, isDyt, dyt),
           split("norm", alone, kept, norm),
         ]),

@@ -34,6 +34,8 @@ function build() {
   byId("site").addEventListener("change", (event) => select(Number(event.target.value)));
   byId("previous").addEventListener("click", () => select(selected - 1));
   byId("next").addEventListener("click", () => select(selected + 1));
+  byId("frontier").hidden = !data.cost?.frontier.length;
+  byId("against").addEventListener("change", drawCost);
   byId("curves").hidden = !data.scatters.some(Boolean);
   byId("refusals").hidden = !data.refusals.rows.length;
   byId("sites").hidden = !sites.length;
