@@ -208,13 +208,14 @@ def _fit(name: str, figures: dict[str, Any], arrays: Mapping[str, Any]) -> SiteF
 
 
 def _read_sums(about: dict[str, Any], place: str, arrays: Mapping[str, Any]) -> SiteSums:
-    parts: dict[str, dict[str, Any]] = {"sample": {}, "full": {}}
+    parts: dict[str, dict[str, Any]] = {}
     for path in (path.removeprefix(place) for path in arrays if path.startswith(place)):
         part, _, name = path.partition("/")
-        parts[part][name] = arrays[place + path]
+        parts.setdefault(part, {})[name] = arrays[place + path]
     about["shape"] = tuple(about["shape"])
-    full = GramSums.of_arrays(**parts["full"]) if parts["full"] else None
-    return SiteSums(sample=RowSample.of_arrays(**parts["sample"]), full=full, **about)
+    sample = RowSample.of_arrays(**parts.pop("sample"))
+    full = tuple(GramSums.of_arrays(**parts[part]) for part in sorted(parts))
+    return SiteSums(sample=sample, full=full, **about)
 
 
 def _sums(calibration: Calibration) -> list[SiteSums]:
@@ -241,10 +242,10 @@ def _merged(
                 f"site {name!r} rests on fits of earlier sites that differ from the merged ones; "
                 "merge calibrations on the original's activations, or give one run all data"
             )
-        sums = replace(a, sample=samples[name], full=None)
+        sums = replace(a, sample=samples[name], full=())
         if a.tied_to is None:
             later = [samples[n] for n, (follower, _) in pairs.items() if follower.tied_to == name]
-            fit = refit(sums, [part.full for part in (a, b) if part.full is not None], later)
+            fit = refit(sums, [a.full, b.full], later)
         else:
             fit = follow(fits[a.tied_to], sums)
         told = fit.mix is not None or fit.unmixed is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,11 +22,12 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class SiteSums:
-    """What the fit of a site was made from, 8 C max(6144, 8 C) bytes, and 16 C^2 of a full fit.
+    """What the fit of a site was made from, 8 C max(6144, 8 C) bytes, and 48 C^2 of a full fit.
 
     prefix: a hash of the converted sites before it, "" where there are none: only sums that rest
-    on the same ones are of the same inputs. sample: rows of the site. full: None where no full fit
-    was tried. tied_to: the site of the module's first call. shape: of gamma; centred: LayerNorm.
+    on the same ones are of the same inputs. sample: rows of the site. full: sums for the alpha of
+    the full fit and those beside it; empty where none was tried. tied_to: the site of the module's
+    first call. shape: of gamma; centred: LayerNorm.
     """
 
     prefix: str
@@ -34,7 +35,7 @@ class SiteSums:
     shape: tuple[int, ...]
     centred: bool
     tied_to: str | None = None
-    full: GramSums | None = field(default=None, repr=False)
+    full: tuple[GramSums, ...] = field(default=(), repr=False)
 
     def rows(self) -> tuple[Array, Array]:
         """The rows of a diagonal fit: no more than are needed for one."""
@@ -42,12 +43,12 @@ class SiteSums:
         return x[:ROWS], y[:ROWS]
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """All arrays, by name: "sample/x", "full/squares"."""
-        parts = {"sample": self.sample, "full": self.full}
+        """All arrays, by name: "sample/x", "0/squares" of the first alpha."""
+        parts: dict[str, RowSample | GramSums] = {"sample": self.sample}
+        parts |= {str(number): sums for number, sums in enumerate(self.full)}
         return {
             f"{part}/{name}": array
             for part, held in parts.items()
-            if held is not None
             for name, array in held.arrays().items()
         }
 
@@ -117,12 +118,14 @@ def chosen(diagonal: SiteFit, full: FullFit | str, method: str = "auto") -> Site
     )  # fmt: skip
 
 
-def refit(sums: SiteSums, full: Iterable[GramSums], later: Iterable[RowSample] = ()) -> SiteFit:
-    """The better fit of a site, by held-out rows, from sums alone; full: those of its full fits."""
-    diagonal, full = fit_site(sums, later), tuple(full)
-    if diagonal.parameters is None or not full:
+def refit(
+    sums: SiteSums, runs: Sequence[Sequence[GramSums]], later: Iterable[RowSample] = ()
+) -> SiteFit:
+    """The better fit of a site, by held-out rows, from sums alone; runs: those of its full fits."""
+    diagonal = fit_site(sums, later)
+    if diagonal.parameters is None or not all(runs):
         return diagonal
-    return chosen(diagonal, refit_full(*sums.sample.rows(), full))
+    return chosen(diagonal, refit_full(*sums.sample.rows(), runs))
 
 
 def extended(prefix: str, place: int, fit: SiteFit) -> str:

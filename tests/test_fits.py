@@ -231,3 +231,37 @@ def test_sample_by_default_holds_the_rows_of_a_fit() -> None:
         sample.add(_normal(2000, 2), _normal(2000, 2))
     x, y = sample.rows()
     assert x.shape == y.shape == (ROWS, 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    parts=st.lists(st.integers(0, 60), min_size=1, max_size=6),
+    seed=st.integers(0, 2**31),
+    limit=st.integers(1, 120),
+)
+def test_samples_of_several_streams_united_are_that_of_one_stream(
+    parts: list[int], seed: int, limit: int
+) -> None:
+    keys = np.random.default_rng(seed).integers(0, 2**63, sum(parts)).astype(np.uint64)
+    x = np.arange(len(keys), dtype=np.float32)[:, None]
+    places = np.cumsum([0, *parts])
+    samples = []
+    for start, stop in itertools.pairwise(places):
+        samples.append(RowSample(seed, limit))
+        samples[-1].add(x[start:stop], -x[start:stop], keys[start:stop])
+    whole = RowSample(seed, limit)
+    whole.add(x, -x, keys)
+    first, *others = (RowSample.of_arrays(**sample.arrays()) for sample in samples)
+    united = first.united(*others)
+    assert united.seen == whole.seen == len(x)
+    for array, expected in zip(united.rows(), whole.rows(), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_sample_of_keyed_rows_does_not_depend_on_their_order() -> None:
+    x, _ = _numbered(500)
+    keys = np.random.default_rng(0).permutation(500).astype(np.uint64)
+    first, second = RowSample(0, 50), RowSample(0, 50)
+    first.add(x, x, keys)
+    second.add(x[::-1], x[::-1], keys[::-1])
+    np.testing.assert_array_equal(first.rows()[0], second.rows()[0])

@@ -84,7 +84,7 @@ def calibrate(
                 found = follow(fits[site.tied_to], sums)
             found = replace(found, unmixed=unmixed, scatter=_drawn(found, sums, graph, site))
             if not unmixed:
-                found = _mixed(found, site, sample, walk, fit)
+                found = _mixed(found, site, sample, walk, fit, keep_sums)
             fits[site.name] = found if keep_sums else replace(found, sums=None)
             applied = site.name in convert and found.parameters is not None
             prefix = extended(prefix, len(fits), found) if applied else prefix
@@ -147,11 +147,14 @@ def _seed(seed: int, site: NormSite) -> int:
     return seed if site.tied_to is None else seed + zlib.crc32(site.name.encode())
 
 
-def _mixed(diagonal: SiteFit, site: NormSite, sample: RowSample, walk: _Walk, fit: str) -> SiteFit:
+def _mixed(
+    diagonal: SiteFit, site: NormSite, sample: RowSample, walk: _Walk, fit: str, keep_sums: bool
+) -> SiteFit:
     """The full fit of a site, or its diagonal one where that is better on held-out rows."""
     if diagonal.parameters is None:
         return diagonal
-    return chosen(diagonal, fit_full(*sample.rows(), lambda: walk.rows(site)), fit)
+    full = fit_full(*sample.rows(), lambda: walk.rows(site), beside=keep_sums)
+    return chosen(diagonal, full, fit)
 
 
 def _sums(site: NormSite, sample: RowSample, prefix: str) -> SiteSums:
