@@ -36,7 +36,7 @@ def rows(channels: int, count: int) -> Iterator[tuple[Array, Array]]:
 
 
 def measure(channels: int, count: int) -> tuple[float, float, float, float, float, int]:
-    """CPU seconds of sampling, of the diagonal and of the full fit, their errors, the peak in bytes."""
+    """CPU seconds of sampling, of the diagonal and of the full fit, their errors, peak in bytes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = [time.process_time()]
     sample = RowSample(0, max(ROWS, ROWS_PER_CHANNEL * channels))

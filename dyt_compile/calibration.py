@@ -63,6 +63,10 @@ class SiteSketch:
             and near(self.beta or ZEROS, other.beta or ZEROS)
         )
 
+    def described(self) -> str:
+        """Its form in words."""
+        return f"{self.kind} of {self.channels} channels, axes {self.axes}, eps {self.eps:g}"
+
     def same_form(self, other: SiteSketch) -> bool:
         """Whether both describe the same norm, whatever its affine part holds."""
         if (self.kind, self.channels, self.axes) != (other.kind, other.channels, other.axes):
@@ -127,9 +131,18 @@ class Calibration:
 
     def belongs_to(self, fingerprint: tuple[SiteSketch, ...]) -> bool:
         """Whether the fits were made for a model with these sites."""
-        return len(fingerprint) == len(self.fingerprint) and all(
-            a.agrees(b) for a, b in zip(self.fingerprint, fingerprint, strict=True)
-        )
+        return self.difference(fingerprint) is None
+
+    def difference(self, fingerprint: tuple[SiteSketch, ...]) -> str | None:
+        """How the sites that the fits were made for differ from these, None where they agree."""
+        if len(fingerprint) != len(self.fingerprint):
+            return f"it has {len(self.fingerprint)} sites, not {len(fingerprint)}"
+        for place, (own, other) in enumerate(zip(self.fingerprint, fingerprint, strict=True), 1):
+            if not own.same_form(other):
+                return f"site {place} is {own.described()}, not {other.described()}"
+            if not own.agrees(other):
+                return f"gamma or beta of site {place} have other values"
+        return None
 
     def merge(self, other: Calibration) -> Calibration:
         """The calibration of the data of both: their sums added, all sites fitted anew.
@@ -141,12 +154,18 @@ class Calibration:
         its first converted site. A site takes the fit of the smaller error on held-out rows.
         Raises CalibrationError.
         """
-        if not self.belongs_to(other.fingerprint):
-            raise CalibrationError("the calibrations are of different models: their norms differ")
-        if self.converted != other.converted:
-            raise CalibrationError("the calibrations convert different sites; allowed: the same")
+        difference = self.difference(other.fingerprint)
+        if difference is not None:
+            raise CalibrationError(f"the calibrations are of different models: {difference}")
         pairs = zip(_sums(self), _sums(other), strict=True)
         fits = _merged(self, dict(zip(self.fits, pairs, strict=True)))
+        able = (name for name, fit in fits.items() if fit.parameters is not None)
+        converted = (self.converted | other.converted).intersection(able)
+        return replace(self, fits=MappingProxyType(fits), converted=converted)
+
+    def without_sums(self) -> Calibration:
+        """The same fits, which can be merged no more."""
+        fits = {name: replace(fit, sums=None) for name, fit in self.fits.items()}
         return replace(self, fits=MappingProxyType(fits))
 
     def sketches(self) -> dict[str, SiteSketch]:
@@ -237,7 +256,7 @@ def _merged(
     fits: dict[str, SiteFit] = {}
     prefix = ""
     for place, (name, (a, b)) in enumerate(pairs.items(), 1):
-        if not a.prefix == b.prefix == prefix:
+        if a.prefix != b.prefix or a.prefix not in ("", prefix):
             raise CalibrationError(
                 f"site {name!r} rests on fits of earlier sites that differ from the merged ones; "
                 "merge calibrations on the original's activations, or give one run all data"

@@ -90,6 +90,9 @@ def convert(
     calibration: Annotated[
         Path | None, typer.Option(help="Write the fitted values as safetensors.")
     ] = None,
+    fits: Annotated[
+        Path | None, typer.Option(help="Apply such a file in place of fitting; needs no data.")
+    ] = None,
     fold: Annotated[
         bool, typer.Option("--fold", help="Fold gamma, beta and scalars into weights (exact).")
     ] = False,
@@ -126,6 +129,7 @@ def convert(
             provider=provider,
             fold=fold,
             fit=fit.value,
+            calibration=fits,
         )
         written, told = write_model(
             result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider
