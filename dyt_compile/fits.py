@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 from .dyt import DytParameters, evaluate
 
-__all__ = ["NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "fit_diagonal", "relative_error"]
+__all__ = [
+    "NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "fit_diagonal", "relative_error", "typical",
+]  # fmt: skip
 
 Array = npt.NDArray[np.float32]
 Statistics = npt.NDArray[np.float64]
@@ -129,15 +131,29 @@ def fit_diagonal(x: Array, y: Array) -> Fit | str:
         return f"{len(x)} rows of activations are too few to fit; at least {2 * HELD_OUT}"
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return NOT_FINITE
-    deviations = x.std(axis=0, dtype=np.float64)
-    varying = deviations[deviations > 0]  # constant channels, dead or padded, say nothing of alpha
-    if not len(varying):
+    scale = typical(x)
+    if scale is None:
         return "its input does not vary over the data"
-    alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], float(np.median(varying)))
+    alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale)
     held = np.arange(len(x)) % HELD_OUT == 0
     trial = _regress(x[~held], y[~held], alpha)
     error = relative_error(_parameters(alpha, trial), x[held], y[held])
     return Fit(_parameters(alpha, _regress(x, y, alpha)), error)
+
+
+def typical(x: Array) -> float | None:
+    """The standard deviation of a typical channel, of its middle half; None where none varies.
+
+    Where a tenth of the tokens is massive (a thousand times the others: the first one, separators),
+    plain standard deviations are theirs, and no alpha near them is one for the others.
+    """
+    deviations = x.std(axis=0, dtype=np.float64)
+    varying = deviations > 0  # constant channels, dead or padded, say nothing of alpha
+    if not varying.any():
+        return None
+    low, high = np.percentile(x[:SEARCH_ROWS, varying], (25, 75), axis=0)
+    middle = float(np.median(high - low)) / 1.349  # of a normal distribution
+    return middle if middle > 0 else float(np.median(deviations[varying]))
 
 
 def relative_error(parameters: DytParameters, x: Array, y: Array) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .dyt import DytParameters, Mix
-from .fits import HELD_OUT, NOT_FINITE, ROWS
+from .fits import HELD_OUT, NOT_FINITE, ROWS, typical
 
 __all__ = ["ROWS_PER_CHANNEL", "FullFit", "GramSums", "fit_full", "refit_full"]
 
@@ -207,9 +207,8 @@ def _chosen(x: Array, y: Array, alphas: Sequence[float]) -> tuple[float, float, 
 
 
 def _alphas(x: Array) -> list[float]:
-    deviations = x[:ROWS].std(axis=0, dtype=np.float64)
-    typical = float(np.median(deviations[deviations > 0]))
-    first, last = (log2(bound / typical) for bound in (LOWEST, HIGHEST))
+    scale = typical(x[:ROWS]) or 1.0
+    first, last = (log2(bound / scale) for bound in (LOWEST, HIGHEST))
     return [2.0**power for power in range(floor(first), ceil(last) + 1)]
 
 
