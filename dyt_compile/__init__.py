@@ -22,6 +22,7 @@ __all__ = [
     "backend",
     "build_engine",
     "build_plugin",
+    "calibrate",
     "convert",
     "convert_for_training",
     "export_onnx",
@@ -37,7 +38,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .backends import InductorPass, backend
     from .calibration import Calibration
-    from .compiler import Conversion, convert, fold, inspect
+    from .compiler import Conversion, calibrate, convert, fold, inspect
     from .errors import DytCompileError
     from .exporters.engine_report import EngineReport
     from .exporters.onnx import export_onnx
@@ -66,6 +67,7 @@ _HOMES = {
     "backend": "backends",
     "build_engine": "exporters.tensorrt",
     "build_plugin": "exporters.plugin.build",
+    "calibrate": "compiler",
     "convert": "compiler",
     "convert_for_training": "training",
     "export_onnx": "exporters.onnx",

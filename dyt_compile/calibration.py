@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,14 +17,17 @@ import numpy.typing as npt
 from .dyt import PARAMETERS, DytParameters, Mix
 from .errors import CalibrationError
 from .files import replaced
-from .scatter import Scatter
+from .fits import RowSample
+from .ridge import GramSums
+from .sitefits import SiteFit, SiteSums, extended, follow, refit
 from .sites import NormKind
 
 __all__ = ["Calibration", "SiteFit", "SiteSketch", "digest", "near", "sketch"]
 
-VERSION = 2
-READABLE = (1, VERSION)
-"""Version 1 had no mixes; who reads it alone must not take a bare DyT for the whole of a fit."""
+VERSION = 3
+READABLE = (1, 2, VERSION)
+"""Version 1 had no mixes; who reads it alone must not take a bare DyT for the whole of a fit.
+Version 2 had no sums."""
 
 SKETCH_TOLERANCE = 0.02
 """Relative; bfloat16 keeps 8 bits, so its means and roots differ by less than 1 %."""
@@ -60,46 +63,15 @@ class SiteSketch:
             and near(self.beta or ZEROS, other.beta or ZEROS)
         )
 
+    def described(self) -> str:
+        """Its form in words."""
+        return f"{self.kind} of {self.channels} channels, axes {self.axes}, eps {self.eps:g}"
+
     def same_form(self, other: SiteSketch) -> bool:
         """Whether both describe the same norm, whatever its affine part holds."""
         if (self.kind, self.channels, self.axes) != (other.kind, other.channels, other.axes):
             return False
         return abs(self.eps - other.eps) <= SKETCH_TOLERANCE * max(self.eps, other.eps)
-
-
-@dataclass(frozen=True, eq=False)
-class SiteFit:
-    """The fit of one site.
-
-    parameters: None where there is no fit, `reason` says why; fit_error: relative, held-out rows.
-    mix: of a full fit, what the readers' weights take up, behind parameters that are a bare DyT;
-    None for a diagonal fit, `unmixed` says why.
-    sigma_median: median over rows of the root mean square (centred for LayerNorm) that the norm
-    divides by; sigma_peak: largest over median; large peaks are tokens that tanh cannot follow.
-    scatter: some inputs and outputs, for drawing, with the curve of the diagonal fit; not written
-    to files.
-    """
-
-    parameters: DytParameters | None
-    fit_error: float | None = None
-    reason: str | None = None
-    sigma_median: float | None = None
-    sigma_peak: float | None = None
-    scatter: Scatter | None = field(default=None, repr=False)
-    mix: Mix | None = field(default=None, repr=False)
-    unmixed: str | None = None
-
-    @property
-    def method(self) -> str | None:
-        """ "full", "diagonal", or None where there is no fit."""
-        if self.parameters is None:
-            return None
-        return "diagonal" if self.mix is None else "full"
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything fitted, by name."""
-        held = {} if self.parameters is None else self.parameters.named()
-        return held if self.mix is None else held | vars(self.mix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +85,15 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: arrays "site/alpha", and JSON in its metadata.
 
-        A full fit takes 4 C (C + 1) bytes for the C channels of its site.
+        A full fit takes 4 C (C + 1) bytes for the C channels of its site, sums what `SiteSums`
+        tells.
         """
         from safetensors.numpy import save_file
 
         arrays = {  # safetensors writes an array's memory as it lies
-            f"{name}/{parameter}": np.require(array, requirements="C")
+            f"{name}/{part}": np.require(array, requirements="C")
             for name, fit in self.fits.items()
-            for parameter, array in fit.arrays().items()
+            for part, array in _arrays(fit).items()
         }
         about = {
             "version": VERSION,
@@ -158,9 +131,42 @@ class Calibration:
 
     def belongs_to(self, fingerprint: tuple[SiteSketch, ...]) -> bool:
         """Whether the fits were made for a model with these sites."""
-        return len(fingerprint) == len(self.fingerprint) and all(
-            a.agrees(b) for a, b in zip(self.fingerprint, fingerprint, strict=True)
-        )
+        return self.difference(fingerprint) is None
+
+    def difference(self, fingerprint: tuple[SiteSketch, ...]) -> str | None:
+        """How the sites that the fits were made for differ from these, None where they agree."""
+        if len(fingerprint) != len(self.fingerprint):
+            return f"it has {len(self.fingerprint)} sites, not {len(fingerprint)}"
+        for place, (own, other) in enumerate(zip(self.fingerprint, fingerprint, strict=True), 1):
+            if not own.same_form(other):
+                return f"site {place} is {own.described()}, not {other.described()}"
+            if not own.agrees(other):
+                return f"gamma or beta of site {place} have other values"
+        return None
+
+    def merge(self, other: Calibration) -> Calibration:
+        """The calibration of the data of both: their sums added, all sites fitted anew.
+
+        Both are of one model, keep their sums, and rest on the same prefix of converted sites:
+        what was fitted on the original's activations does, and gives what one run over all data
+        would (a full fit up to what `refit_full` says). A merged fit of a converted site is no
+        longer the one that later sites rest on: a sequential calibration cannot be merged behind
+        its first converted site. A site takes the fit of the smaller error on held-out rows.
+        Raises CalibrationError.
+        """
+        difference = self.difference(other.fingerprint)
+        if difference is not None:
+            raise CalibrationError(f"the calibrations are of different models: {difference}")
+        pairs = zip(_sums(self), _sums(other), strict=True)
+        fits = _merged(self, dict(zip(self.fits, pairs, strict=True)))
+        able = (name for name, fit in fits.items() if fit.parameters is not None)
+        converted = (self.converted | other.converted).intersection(able)
+        return replace(self, fits=MappingProxyType(fits), converted=converted)
+
+    def without_sums(self) -> Calibration:
+        """The same fits, which can be merged no more."""
+        fits = {name: replace(fit, sums=None) for name, fit in self.fits.items()}
+        return replace(self, fits=MappingProxyType(fits))
 
     def sketches(self) -> dict[str, SiteSketch]:
         """The sketch of each calibrated site by its name, in execution order.
@@ -193,21 +199,79 @@ def digest(array: npt.NDArray[Any]) -> str | None:
 
 
 def _figures(fit: SiteFit) -> dict[str, Any]:
-    apart = ("parameters", "scatter", "mix")
+    apart = ("parameters", "scatter", "mix", "sums")
     figures = {name: value for name, value in vars(fit).items() if name not in apart}
     if fit.parameters is not None:
         figures["squash"] = fit.parameters.squash
+    if fit.sums is not None:
+        held = vars(fit.sums).items()
+        figures["sums"] = {n: value for n, value in held if n not in ("sample", "full")}
     return figures
+
+
+def _arrays(fit: SiteFit) -> dict[str, npt.NDArray[Any]]:
+    held = {} if fit.sums is None else fit.sums.arrays()
+    return fit.arrays() | {f"sums/{name}": array for name, array in held.items()}
 
 
 def _fit(name: str, figures: dict[str, Any], arrays: Mapping[str, Any]) -> SiteFit:
     squash = figures.pop("squash", None)
+    if "sums" in figures:
+        figures["sums"] = _read_sums(figures["sums"], f"{name}/sums/", arrays)
     if squash is None:
         return SiteFit(None, **figures)
     values = {p: arrays[f"{name}/{p}"] for p in PARAMETERS if f"{name}/{p}" in arrays}
     full = f"{name}/matrix" in arrays
     mix = Mix(arrays[f"{name}/matrix"], arrays[f"{name}/offset"]) if full else None
     return SiteFit(DytParameters(squash=squash, **values), mix=mix, **figures)
+
+
+def _read_sums(about: dict[str, Any], place: str, arrays: Mapping[str, Any]) -> SiteSums:
+    parts: dict[str, dict[str, Any]] = {}
+    for path in (path.removeprefix(place) for path in arrays if path.startswith(place)):
+        part, _, name = path.partition("/")
+        parts.setdefault(part, {})[name] = arrays[place + path]
+    about["shape"] = tuple(about["shape"])
+    sample = RowSample.of_arrays(**parts.pop("sample"))
+    full = tuple(GramSums.of_arrays(**parts[part]) for part in sorted(parts))
+    return SiteSums(sample=sample, full=full, **about)
+
+
+def _sums(calibration: Calibration) -> list[SiteSums]:
+    """The sums of all sites; raises CalibrationError where they were not kept."""
+    held = [fit.sums for fit in calibration.fits.values()]
+    for name, sums in zip(calibration.fits, held, strict=True):
+        if sums is None:
+            raise CalibrationError(
+                f"site {name!r} has no sums to merge: calibrate both with keep_sums=True"
+            )
+    return [sums for sums in held if sums is not None]
+
+
+def _merged(
+    calibration: Calibration, pairs: Mapping[str, tuple[SiteSums, SiteSums]]
+) -> dict[str, SiteFit]:
+    """The fits from the sums of two runs, site by site, as long as they rest on the fits so far."""
+    samples = {name: a.sample.united(b.sample) for name, (a, b) in pairs.items()}
+    fits: dict[str, SiteFit] = {}
+    prefix = ""
+    for place, (name, (a, b)) in enumerate(pairs.items(), 1):
+        if a.prefix != b.prefix or a.prefix not in ("", prefix):
+            raise CalibrationError(
+                f"site {name!r} rests on fits of earlier sites that differ from the merged ones; "
+                "merge calibrations on the original's activations, or give one run all data"
+            )
+        sums = replace(a, sample=samples[name], full=())
+        if a.tied_to is None:
+            later = [samples[n] for n, (follower, _) in pairs.items() if follower.tied_to == name]
+            fit = refit(sums, [a.full, b.full], later)
+        else:
+            fit = follow(fits[a.tied_to], sums)
+        told = fit.mix is not None or fit.unmixed is not None
+        fits[name] = fit if told else replace(fit, unmixed=calibration.fits[name].unmixed)
+        if name in calibration.converted and fit.parameters is not None:
+            prefix = extended(prefix, place, fit)
+    return fits
 
 
 def _sketch(data: dict[str, Any]) -> SiteSketch:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
 from .data import split, whole
-from .errors import DataError, OptionError
+from .errors import CalibrationError, DataError, OptionError
 from .graphs.base import Batch, Graph
 from .metrics import Measurement, Metric, check_metric, named
+from .mixing import obstacle
+from .passes.calibrate import calibrate as fit_sites
+from .passes.calibrate import fingerprint
 from .passes.capture import capture
 from .passes.fold import Folded
 from .passes.fold import fold as fold_graph
 from .passes.match import match
+from .passes.plan import Attempt, Plan
 from .passes.rewrite import rewrite
 from .passes.verify import Reference, chosen_output
 from .report import Report
@@ -31,12 +37,13 @@ from .sites import Match
 from .survey import hardships, warning
 from .trials import Trials
 
-__all__ = ["Conversion", "compare", "convert", "fold", "inspect"]
+__all__ = ["Conversion", "calibrate", "compare", "convert", "fold", "inspect"]
 
 logger = logging.getLogger("dyt_compile")
 
 MODES = ("exact", "budget", "all")
 FITS = ("auto", "diagonal", "full")
+ACTIVATIONS = ("converted", "original")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +124,7 @@ def convert(
     fold: bool = False,
     fit: str = "auto",
     frontier: bool = False,
+    calibration: Calibration | str | Path | None = None,
 ) -> Conversion:
     """Replace the norms of a model by Dynamic Tanh.
 
@@ -143,16 +151,21 @@ def convert(
     Before anything is fitted, a warning of the logger "dyt_compile" names the sites that are known
     to be hard; the report's sites have the reasons as `hard`.
 
+    calibration: a saved one, or its path: its fits are applied to the sites that it converts, and
+    nothing is fitted or planned. It needs no batches; if there are some, the error is measured on
+    all of them. It may have been made of the same model in another form (torch, ONNX) or dtype.
+
     The model itself stays as it is. The result's `model` has parameters of its own where a norm
     was replaced, and shares all other weights with the original: to change one and keep the other
     (fine-tuning, moving it to another device), copy it first.
 
-    Raises OptionError, CaptureError, DataError, and BudgetError if the error on the report
-    samples exceeds the budget twice.
+    Raises OptionError, CaptureError, DataError, CalibrationError for a calibration of another
+    model, and BudgetError if the error on the report samples exceeds the budget twice.
     """
+    if calibration is not None and mode is not None:
+        raise OptionError(f"mode is {mode!r}; a calibration says what it converts: leave out mode")
     mode = _checked(mode, batches, budget, metric, seed)
-    if fit not in FITS:
-        raise OptionError(f"fit is {fit!r}; allowed: {', '.join(FITS)}")
+    _check_fit(fit)
     if frontier and mode == "exact":
         raise OptionError("frontier needs mode 'budget' or 'all': mode exact converts no norm")
     exclude = _patterns(exclude)
@@ -170,6 +183,10 @@ def convert(
         output = chosen_output(graph, output)
     with clock("match"):
         found = match(graph)
+    if calibration is not None:
+        fits = _of_model(calibration, graph, found, exclude)
+        made = _applied(fits, graph, found, batches, metric, output, clock)
+        return _concluded(replace(made, probe=_probe(graph, args, kwargs)), fold)
     if mode == "exact" or batches is None:
         with clock("rewrite"):
             rewritten = rewrite(graph, found, None, ())
@@ -208,6 +225,105 @@ def convert(
     kept = trials.isolated if chosen is None else chosen.calibration
     probe = _probe(graph, args, kwargs)
     return _concluded(Conversion(outcome.graph, graph, found, kept, report, probe), fold)
+
+
+def calibrate(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    activations: str = "converted",
+    keep_sums: bool = False,
+    fit: str = "auto",
+    example: Any = None,
+    dynamic_shapes: Any = None,
+    exclude: str | Sequence[str] = (),
+    seed: int = 0,
+    provider: str = "cpu",
+) -> Calibration:
+    """Fit every norm of a model on all of `batches`; `convert(model, calibration=…)` applies that.
+
+    model, batches, fit, exclude and the rest: as for `convert`, which does this and also plans and
+    measures. activations "converted": every site is fitted on what the sites before it give once
+    they are converted. "original": on the activations of the original; where several sites are
+    converted together that is much the worse fit, but runs on other data can be merged with it.
+    keep_sums: keep what the fits were made from, for `Calibration.merge`: 8 C max(6144, 8 C) bytes
+    for a site of C channels, and 48 C^2 more for a full fit.
+
+    Raises OptionError, CaptureError, DataError.
+    """
+    if activations not in ACTIVATIONS:
+        raise OptionError(f"activations is {activations!r}; allowed: {', '.join(ACTIVATIONS)}")
+    _checked("all", batches, 1.0, "relative", seed)
+    _check_fit(fit)
+    exclude = _patterns(exclude)
+    args, kwargs = _example(example, batches)
+    graph = capture(
+        model, args, kwargs, batches=batches, dynamic_shapes=dynamic_shapes, provider=provider
+    )
+    found = match(graph)
+    candidates = _candidates(found, exclude)
+    chosen = [s.name for s in found.sites if s.name in candidates or s.tied_to in candidates]
+    fitted = fit_sites(
+        graph,
+        found,
+        whole(graph, batches),
+        convert=chosen if activations == "converted" else (),
+        seed=seed,
+        fit=fit,
+        keep_sums=keep_sums,
+    )
+    able = (name for name in chosen if fitted.fits[name].parameters is not None)
+    return replace(fitted, converted=frozenset(able))
+
+
+def _of_model(
+    calibration: Calibration | str | Path, graph: Graph, found: Match, exclude: Sequence[str]
+) -> Calibration:
+    """The calibration with the model's own names of its sites, less what is excluded."""
+    held = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+    difference = held.difference(fingerprint(graph, found))
+    if difference is not None:
+        raise CalibrationError(f"the calibration is of another model: {difference}")
+    lossy = {site.name: site for site in found.sites if not site.kind.lossless}
+    names = dict(zip(held.sketches(), lossy, strict=True))
+    fits = {names[name]: fit for name, fit in held.fits.items()}
+    converted = {names[n] for n in held.converted if not _excluded(names[n], exclude)}
+    for name in converted:
+        reason = None if fits[name].mix is None else obstacle(lossy[name], graph.outputs)
+        if reason is not None:
+            raise CalibrationError(f"site {name!r} cannot take up its full fit: {reason}")
+    return replace(held, fits=fits, converted=frozenset(converted))
+
+
+def _applied(
+    fits: Calibration,
+    graph: Graph,
+    found: Match,
+    batches: Iterable[Any] | None,
+    metric: Metric,
+    output: str,
+    clock: _Clock,
+) -> Conversion:
+    """The conversion that a calibration says, measured where there are batches."""
+    with clock("rewrite"):
+        rewritten = rewrite(graph, found, fits, fits.converted)
+    measured = Measurement(math.nan, math.nan, 0)
+    if batches is not None:
+        with clock("verify"), Shelf(graph) as shelf:
+            samples = whole(graph, batches)
+            reference = Reference(graph, samples, shelf, output=output, metric=metric)
+            measured = reference.measure(rewritten)
+    report = assemble(
+        graph,
+        found,
+        "calibration",
+        named(metric),
+        output,
+        measured=measured if batches is not None else None,
+        planned=Plan(Attempt(fits.converted, fits, measured), {}),
+        seconds=clock.seconds,
+    )
+    return Conversion(rewritten, graph, found, fits, report)
 
 
 def _concluded(result: Conversion, fold: bool) -> Conversion:
@@ -282,6 +398,11 @@ def _checked(
     if batches is not None:
         as_batches(batches)
     return chosen
+
+
+def _check_fit(fit: Any) -> None:
+    if fit not in FITS:
+        raise OptionError(f"fit is {fit!r}; allowed: {', '.join(FITS)}")
 
 
 def _patterns(exclude: Any) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from .batches import as_batches
 from .errors import DataError
 from .graphs.base import Batch, Graph
 
-__all__ = ["SHARES", "Part", "Splits", "attention_mask", "load", "pieces", "split", "whole"]
+__all__ = [
+    "SHARES", "Part", "Splits", "attention_mask", "load", "pieces", "sample_keys", "split", "whole",
+]  # fmt: skip
 
 SHARES = (0.5, 0.25, 0.25)
 """Of the samples, for fitting, for planning, and for the report."""
@@ -158,9 +161,13 @@ class _Splitter:
         if len(rows) == size:
             return batch
         return {
-            name: value[rows] if name in self._sampled and value.shape[0] == size else value
+            name: value[rows] if self.sampled(name, value, size) else value
             for name, value in batch.items()
         }
+
+    def sampled(self, name: str, value: Any, size: int) -> bool:
+        """Whether samples lie along axis 0 of an input, in a batch of that size."""
+        return name in self._sampled and value.shape[0] == size
 
 
 def attention_mask(batch: Batch, graph: Graph) -> npt.NDArray[np.bool_] | None:
@@ -170,6 +177,32 @@ def attention_mask(batch: Batch, graph: Graph) -> npt.NDArray[np.bool_] | None:
         return None
     mask = graph.to_array(native)
     return mask > 0 if mask.ndim == 2 else None
+
+
+def sample_keys(batch: Batch, graph: Graph) -> npt.NDArray[np.uint64]:
+    """What each sample of a batch is known by: a hash of its inputs, padding left out.
+
+    The same in every batch, at every place of the data, on every machine, for a model of any dtype.
+    """
+    splitter = _Splitter(graph, ())
+    hashers = [hashlib.blake2b(digest_size=8) for _ in range(splitter.size(batch))]
+    mask = attention_mask(batch, graph)
+    for name, native in batch.items():
+        array = _widened(graph.to_array(native))
+        if not splitter.sampled(name, array, len(hashers)):
+            if len(hashers) == 1:
+                hashers[0].update(array.tobytes())
+            continue
+        padded = mask is not None and mask.shape == array.shape[:2]
+        for number, hasher in enumerate(hashers):
+            own = array[number][mask[number]] if padded else array[number]  # type: ignore[index]
+            hasher.update(own.tobytes())
+    return np.array([int.from_bytes(h.digest(), "little") for h in hashers], np.uint64)
+
+
+def _widened(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The values in one dtype for all floats, bfloat16 included, and one for all integers."""
+    return array.astype(np.int64 if array.dtype.kind in "biu" else np.float32)
 
 
 def load(path: Path, batch_size: int) -> Iterable[Any]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .dyt import DytParameters, evaluate
 
-__all__ = ["ROWS", "Fit", "RowSample", "fit_diagonal", "relative_error"]
+__all__ = [
+    "NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "fit_diagonal", "relative_error", "typical",
+]  # fmt: skip
 
 Array = npt.NDArray[np.float32]
 Statistics = npt.NDArray[np.float64]
+Keys = npt.NDArray[np.uint64]
+Places = npt.NDArray[np.int64]
 
 ROWS = 6144
 """Rows that a fit uses; more change the output error by less than its spread over seeds."""
@@ -25,6 +30,9 @@ HELD_OUT = 4
 
 COARSE, LOWEST, HIGHEST = 28, 0.02, 20.0
 """Log-spaced values of alpha times the typical standard deviation of a channel."""
+
+NOT_FINITE = "its activations hold NaN or infinity"
+"""Why a site has no fit."""
 
 FINE = 11
 """Values of alpha between the neighbours of the best coarse one."""
@@ -39,35 +47,78 @@ class Fit:
 
 
 class RowSample:
-    """A uniform sample of at most `limit` rows of a stream, whatever its batches.
+    """A uniform sample of at most `limit` rows of a stream: those of the lowest ranks.
 
-    A row's rank depends on its place in the stream and the seed alone.
+    A row's rank depends on its key and the seed alone, so that neither the batches nor their order
+    have a part in the sample, and the sample of several streams is that of their samples. It holds
+    8 (C + 1) bytes a row for C channels, and is filled in place.
     """
 
     def __init__(self, seed: int, limit: int = ROWS) -> None:
         self._seed = seed
         self._limit = limit
-        self._seen = 0
         self._ranks = np.empty(0, np.uint64)
-        self._x: list[Array] = []
-        self._y: list[Array] = []
+        self._x, self._y = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
+        self.seen = 0
 
-    def add(self, x: Array, y: Array) -> None:
-        """Offer rows: x and y of shape [rows, channels]."""
-        ranks = _ranks(np.arange(self._seen, self._seen + len(x), dtype=np.uint64), self._seed)
-        self._seen += len(x)
-        chosen = _smallest(np.concatenate([self._ranks, ranks]), self._limit)
-        old, new = chosen[chosen < len(self._ranks)], chosen[chosen >= len(self._ranks)]
-        new = new - len(self._ranks)
-        self._x = [*(a[old] for a in self._x), x[new]]
-        self._y = [*(a[old] for a in self._y), y[new]]
-        self._x, self._y = [np.concatenate(self._x)], [np.concatenate(self._y)]
-        self._ranks = np.concatenate([self._ranks[old], ranks[new]])
+    def add(self, x: Array, y: Array, keys: Keys | None = None) -> None:
+        """Offer rows: x and y of shape [rows, channels].
+
+        keys: what each row is known by, [rows]; by default its place in the stream.
+        """
+        if keys is None:
+            keys = np.arange(self.seen, self.seen + len(x), dtype=np.uint64)
+        self._offer(x, y, _ranks(keys, self._seed))
+        self.seen += len(x)
+
+    def united(self, *others: RowSample) -> RowSample:
+        """The sample of this stream and others together: that of their rows in one stream."""
+        limits = (sample._limit for sample in (self, *others))
+        union = RowSample(self._seed, min(limits))
+        for sample in (self, *others):
+            union._offer(*sample.rows(), sample._ranks)
+            union.seen += sample.seen
+        return union
 
     def rows(self) -> tuple[Array, Array]:
-        """The sampled x and y, in an order that the batches have no part in."""
+        """The sampled x and y by rank: views of what the sample holds, until more is offered."""
         order = np.argsort(self._ranks, kind="stable")
-        return self._x[0][order], self._y[0][order]
+        x, y = self._x[: len(order)], self._y[: len(order)]
+        _reorder(x, order)
+        _reorder(y, order)
+        self._ranks = self._ranks[order]
+        return x, y
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What the sample holds, by name; `of_arrays` makes the sample again."""
+        x, y = self.rows()
+        counts = np.array([self.seen, self._limit], np.int64)
+        return {"counts": counts, "ranks": self._ranks, "x": x, "y": y}
+
+    @classmethod
+    def of_arrays(cls, counts: npt.NDArray[np.int64], ranks: Keys, x: Array, y: Array) -> RowSample:
+        """The sample that `arrays` told of; its seed is known no more, as only `add` needs it."""
+        sample = cls(0, int(counts[1]))
+        sample.seen = int(counts[0])
+        sample._x, sample._y, sample._ranks = x, y, ranks
+        return sample
+
+    def _offer(self, x: Array, y: Array, ranks: Keys) -> None:
+        held = len(self._ranks)
+        if not held:  # memory that is not written to yet takes none
+            self._x, self._y = (np.empty((self._limit, a.shape[1]), np.float32) for a in (x, y))
+        chosen = _smallest(np.concatenate([self._ranks, ranks]), self._limit)
+        kept, new = chosen[chosen < held], chosen[chosen >= held] - held
+        free = np.setdiff1d(np.arange(len(chosen)), kept, assume_unique=True)
+        self._ranks = np.resize(self._ranks, len(chosen))
+        self._ranks[free], self._x[free], self._y[free] = ranks[new], x[new], y[new]
+
+
+def _reorder(array: Array, order: Places) -> None:
+    """Sort rows in place, some channels at a time: a whole copy would double what a fit takes."""
+    for start in range(0, array.shape[1], 64):
+        block = array[:, start : start + 64]
+        block[:] = block[order]
 
 
 def fit_diagonal(x: Array, y: Array) -> Fit | str:
@@ -79,16 +130,30 @@ def fit_diagonal(x: Array, y: Array) -> Fit | str:
     if len(x) < 2 * HELD_OUT:
         return f"{len(x)} rows of activations are too few to fit; at least {2 * HELD_OUT}"
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return "its activations hold NaN or infinity"
-    deviations = x.std(axis=0, dtype=np.float64)
-    varying = deviations[deviations > 0]  # constant channels, dead or padded, say nothing of alpha
-    if not len(varying):
+        return NOT_FINITE
+    scale = typical(x)
+    if scale is None:
         return "its input does not vary over the data"
-    alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], float(np.median(varying)))
+    alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale)
     held = np.arange(len(x)) % HELD_OUT == 0
     trial = _regress(x[~held], y[~held], alpha)
     error = relative_error(_parameters(alpha, trial), x[held], y[held])
     return Fit(_parameters(alpha, _regress(x, y, alpha)), error)
+
+
+def typical(x: Array) -> float | None:
+    """The standard deviation of a typical channel, of its middle half; None where none varies.
+
+    Where a tenth of the tokens is massive (a thousand times the others: the first one, separators),
+    plain standard deviations are theirs, and no alpha near them is one for the others.
+    """
+    deviations = x.std(axis=0, dtype=np.float64)
+    varying = deviations > 0  # constant channels, dead or padded, say nothing of alpha
+    if not varying.any():
+        return None
+    low, high = np.percentile(x[:SEARCH_ROWS, varying], (25, 75), axis=0)
+    middle = float(np.median(high - low)) / 1.349  # of a normal distribution
+    return middle if middle > 0 else float(np.median(deviations[varying]))
 
 
 def relative_error(parameters: DytParameters, x: Array, y: Array) -> float:
@@ -140,15 +205,15 @@ def _regress(x: Array, y: Array, alpha: float) -> _Regression:
     return _Regression(gamma, mean_y - gamma * mean_t, float((total - gamma * covariance).sum()))
 
 
-def _ranks(places: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """Pseudo-random numbers of places, from a start that the seed is hashed to.
+def _ranks(keys: Keys, seed: int) -> Keys:
+    """Pseudo-random numbers of keys, from a start that the seed is hashed to.
 
-    Hashed, since from the seed itself the next seed would give the same numbers a place later.
+    Hashed, since from the seed itself the next seed would give the same numbers a key later.
     """
-    return _mixed(places + _mixed(np.array([seed % 2**64], np.uint64)))
+    return _mixed(keys + _mixed(np.array([seed % 2**64], np.uint64)))
 
 
-def _mixed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mixed(numbers: Keys) -> Keys:
     """SplitMix64 (Steele, Lea, Flood 2014), one step from each number."""
     with np.errstate(over="ignore"):
         z = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -157,7 +222,7 @@ def _mixed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return np.asarray(z ^ (z >> np.uint64(31)))
 
 
-def _smallest(ranks: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:
+def _smallest(ranks: Keys, count: int) -> Places:
     if len(ranks) <= count:
         return np.arange(len(ranks))
     return np.sort(np.argpartition(ranks, count)[:count])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyt_compile.dyt import DytParameters, evaluate
-from dyt_compile.fits import HELD_OUT, ROWS, Fit, RowSample, fit_diagonal
+from dyt_compile.fits import HELD_OUT, ROWS, Fit, RowSample, fit_diagonal, typical
+from dyt_compile.ridge import FullFit, fit_full
 
 pytestmark = pytest.mark.core
 
@@ -167,6 +168,37 @@ def test_fit_leaves_its_arguments_alone() -> None:
     np.testing.assert_array_equal(y, before[1])
 
 
+def _with_massive(factor: float) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Tokens, of which a tenth points in one direction, `factor` times as far as the others."""
+    x = _normal(4000, 32)
+    massive = np.arange(4000) % 10 == 0
+    x[massive] += np.float32(factor) * _normal(32, seed=1)
+    return x, massive
+
+
+@pytest.mark.parametrize("factor", [10.0, 1e3, 1e4])
+def test_massive_tokens_leave_the_others_their_fit(factor: float) -> None:
+    x, massive = _with_massive(factor)
+    y = _layer_norm(x)
+    parameters = _fitted(x, y).parameters
+    left = evaluate(parameters, x[~massive]) - y[~massive]
+    assert 0.1 < np.linalg.norm(left) / np.linalg.norm(y[~massive]) < 0.42
+    full = fit_full(x, y, lambda: [(x, y)])
+    assert isinstance(full, FullFit)
+    left = full.mix(np.tanh(full.parameters.alpha * x[~massive])) - y[~massive]
+    assert np.linalg.norm(left) / np.linalg.norm(y[~massive]) < 0.25
+
+
+def test_typical_deviation_is_that_of_the_middle_half() -> None:
+    x, _ = _with_massive(1e4)
+    assert typical(x) == pytest.approx(1.1, rel=0.1)  # a tenth of the tails are the massive ones
+    assert typical(_normal(4000, 32) * np.float32(3)) == pytest.approx(3, rel=0.02)
+    assert typical(np.full((10, 3), 2, np.float32)) is None
+    rare = np.zeros((100, 3), np.float32)
+    rare[:5] = 1
+    assert typical(rare) == pytest.approx(rare.std())  # no middle half that varies
+
+
 def _numbered(rows: int) -> tuple[Array, Array]:
     x = np.arange(rows, dtype=np.float32)[:, None]
     return x, -x
@@ -231,3 +263,37 @@ def test_sample_by_default_holds_the_rows_of_a_fit() -> None:
         sample.add(_normal(2000, 2), _normal(2000, 2))
     x, y = sample.rows()
     assert x.shape == y.shape == (ROWS, 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    parts=st.lists(st.integers(0, 60), min_size=1, max_size=6),
+    seed=st.integers(0, 2**31),
+    limit=st.integers(1, 120),
+)
+def test_samples_of_several_streams_united_are_that_of_one_stream(
+    parts: list[int], seed: int, limit: int
+) -> None:
+    keys = np.random.default_rng(seed).integers(0, 2**63, sum(parts)).astype(np.uint64)
+    x = np.arange(len(keys), dtype=np.float32)[:, None]
+    places = np.cumsum([0, *parts])
+    samples = []
+    for start, stop in itertools.pairwise(places):
+        samples.append(RowSample(seed, limit))
+        samples[-1].add(x[start:stop], -x[start:stop], keys[start:stop])
+    whole = RowSample(seed, limit)
+    whole.add(x, -x, keys)
+    first, *others = (RowSample.of_arrays(**sample.arrays()) for sample in samples)
+    united = first.united(*others)
+    assert united.seen == whole.seen == len(x)
+    for array, expected in zip(united.rows(), whole.rows(), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_sample_of_keyed_rows_does_not_depend_on_their_order() -> None:
+    x, _ = _numbered(500)
+    keys = np.random.default_rng(0).permutation(500).astype(np.uint64)
+    first, second = RowSample(0, 50), RowSample(0, 50)
+    first.add(x, x, keys)
+    second.add(x[::-1], x[::-1], keys[::-1])
+    np.testing.assert_array_equal(first.rows()[0], second.rows()[0])

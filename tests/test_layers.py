@@ -19,6 +19,7 @@ LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress"),
     ("terms", "batches", "files", "fits", "ridge", "metrics", "nn", "huggingface", "scatter"),
+    ("sitefits",),
     (
         "sites",
         "proof",

@@ -276,7 +276,9 @@ def test_auto_keeps_the_diagonal_fit_where_the_full_one_is_worse(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def worse(*rows: Any) -> FullFit:
-        return replace(fit_full(*rows), error=9.0)
+        full = fit_full(*rows)
+        assert isinstance(full, FullFit)
+        return replace(full, error=9.0)
 
     monkeypatch.setattr(calibrate_module, "fit_full", worse)
     for fit, chosen in (("auto", "diagonal"), ("full", "full")):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import bench, build, convert, inspect, plugin, recover, verify
+from . import bench, build, calibrate, convert, inspect, plugin, recover, verify
 
 __all__ = ["app", "main"]
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
+app.command("calibrate")(calibrate.calibrate)
 app.command("recover")(recover.recover)
 app.command("verify")(verify.verify)
 app.command("build")(build.build)

@@ -100,6 +100,9 @@ def convert(
     calibration: Annotated[
         Path | None, typer.Option(help="Write the fitted values as safetensors.")
     ] = None,
+    fits: Annotated[
+        Path | None, typer.Option(help="Apply such a file in place of fitting; needs no data.")
+    ] = None,
     fold: Annotated[
         bool, typer.Option("--fold", help="Fold gamma, beta and scalars into weights (exact).")
     ] = False,
@@ -141,6 +144,7 @@ def convert(
             fold=fold,
             fit=fit.value,
             frontier=frontier,
+            calibration=fits,
         )
         written, told = write_model(
             result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider

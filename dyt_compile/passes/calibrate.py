@@ -8,7 +8,8 @@ norm puts out for the same samples. What waits between the parts lies on a shelf
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -16,17 +17,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration import Calibration, SiteFit, SiteSketch, digest, sketch
-from ..data import Part, attention_mask
+from ..calibration import Calibration, SiteSketch, digest, sketch
+from ..data import Part, attention_mask, sample_keys
 from ..dyt import DytParameters, Mix, evaluate
-from ..fits import ROWS, Fit, RowSample, fit_diagonal, relative_error
+from ..fits import ROWS, Keys, RowSample
 from ..graphs.base import Graph
 from ..graphs.cuts import Stage, stages
 from ..mixing import obstacle
 from ..progress import track
 from ..ridge import ROWS_PER_CHANNEL, fit_full
-from ..scatter import scatter
+from ..scatter import Scatter, scatter
 from ..shelf import Kept, Shelf
+from ..sitefits import (
+    SiteFit,
+    SiteSums,
+    chosen,
+    extended,
+    fit_site,
+    follow,
+    median_and_peak,
+    sigma,
+)
 from ..sites import Match, NormKind, NormSite
 from ..survey import Look
 from ..terms import Value
@@ -47,6 +58,7 @@ def calibrate(
     convert: Collection[str],
     seed: int,
     fit: str = "diagonal",
+    keep_sums: bool = False,
 ) -> Calibration:
     """Fits of every lossy site, the sites named in `convert` applied as the walk goes.
 
@@ -54,12 +66,18 @@ def calibrate(
     they can and its error on held-out rows is smaller, too.
     With `convert` empty, every site is fitted on the original's own activations. A site that
     cannot be fitted keeps its norm, and its fit says why. Calls of one module share their values:
-    they are fitted together, the later ones on the original's activations. Deterministic for a
-    seed and an order of the samples, whatever their batches. Memory does not grow with the samples:
-    a site takes what `RowSample` and `ridge` hold, a full fit that is kept what `Mix` holds.
+    they are fitted together, the later ones on the original's activations.
+    keep_sums: fits hold what they were made from, so that `Calibration.merge` can add other runs.
+
+    The fits do not depend on how the samples are split into batches, nor on their order, up to the
+    rounding of the model's own arithmetic. Memory does not grow with the samples, but for 8 bytes a
+    sample and one byte a position of the attention mask: activations beyond `Shelf`'s limit go to
+    files, and a site of C channels takes 8 C max(6144, 8 C) bytes of rows; a full fit 40 C^2 more
+    while it is solved, 4 C (C + 1) once it is done.
     """
     sites = [site for site in match.sites if not site.kind.lossless]
     fits: dict[str, SiteFit] = {}
+    prefix = ""
     with Shelf(graph) as shelf:
         later_calls = _later_calls(graph, sites, shelf, samples, seed)
         walk = _Walk(graph, shelf, samples)
@@ -70,14 +88,18 @@ def calibrate(
             others = later_calls.get(site.name, ())
             unmixed = _unmixed(site, others, graph, fit)
             sample = walk.observe(site, stage, _sample(seed, site, unmixed))
-            affine = _affine(graph, site)
+            sums = _sums(site, sample, prefix)
             if site.tied_to is None:
-                found = replace(_fit(site, sample, others, affine), unmixed=unmixed)
-                fits[site.name] = found if unmixed else _mixed(found, site, sample, walk, fit)
+                found = fit_site(sums, others)
             else:
-                followed = _follow(fits[site.tied_to], site, sample, affine)
-                fits[site.name] = replace(followed, unmixed=unmixed)
-            walk.apply(site, fits[site.name] if site.name in convert else None, stage, following)
+                found = follow(fits[site.tied_to], sums)
+            found = replace(found, unmixed=unmixed, scatter=_drawn(found, sums, graph, site))
+            if not unmixed:
+                found = _mixed(found, site, sample, walk, fit, keep_sums)
+            fits[site.name] = found if keep_sums else replace(found, sums=None)
+            applied = site.name in convert and found.parameters is not None
+            prefix = extended(prefix, len(fits), found) if applied else prefix
+            walk.apply(site, found if applied else None, stage, following)
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
     return Calibration(MappingProxyType(fits), fingerprint(graph, match), done)
 
@@ -95,10 +117,9 @@ def survey(graph: Graph, match: Match, samples: Part) -> dict[str, Look]:
             walk.advance(stage)
             walk.observe(site, stage, RowSample(0, 1))
             centred = site.kind is NormKind.LAYER_NORM
-            sigma = np.concatenate([_sigma(x, centred=centred) for x, _ in walk.rows(site)])
-            looks[site.name] = Look(
-                _median_and_peak(sigma)[1], walk.elements(site) / samples.samples
-            )
+            deviations = np.concatenate([sigma(x, centred=centred) for x, _ in walk.rows(site)])
+            elements = walk.elements(site) / samples.samples
+            looks[site.name] = Look(median_and_peak(deviations)[1], elements)
             walk.apply(site, None, stage, following)
     return looks
 
@@ -129,7 +150,7 @@ def _later_calls(
     walk = _Walk(graph, shelf, samples)
     for stage, following, site in zip(*_paired(stages(graph, sites)), sites, strict=True):
         walk.advance(stage)
-        sample = walk.observe(site, stage, RowSample(seed))
+        sample = walk.observe(site, stage, RowSample(_seed(seed, site)))
         if site.tied_to is not None:
             found.setdefault(site.tied_to, []).append(sample)
         walk.apply(site, None, stage, following)
@@ -148,51 +169,36 @@ def _unmixed(site: NormSite, others: Collection[RowSample], graph: Graph, fit: s
 def _sample(seed: int, site: NormSite, unmixed: str | None) -> RowSample:
     """Larger where a matrix needs more rows."""
     wanted = 0 if unmixed else ROWS_PER_CHANNEL * (site.channels or 0)
-    return RowSample(seed, wanted) if wanted > ROWS else RowSample(seed)
+    own = _seed(seed, site)
+    return RowSample(own, wanted) if wanted > ROWS else RowSample(own)
 
 
-def _mixed(diagonal: SiteFit, site: NormSite, sample: RowSample, walk: _Walk, fit: str) -> SiteFit:
+def _seed(seed: int, site: NormSite) -> int:
+    """The same rows at every site; others where a module is called again and both are united."""
+    return seed if site.tied_to is None else seed + zlib.crc32(site.name.encode())
+
+
+def _mixed(
+    diagonal: SiteFit, site: NormSite, sample: RowSample, walk: _Walk, fit: str, keep_sums: bool
+) -> SiteFit:
     """The full fit of a site, or its diagonal one where that is better on held-out rows."""
-    if diagonal.parameters is None or diagonal.fit_error is None:
+    if diagonal.parameters is None:
         return diagonal
-    full = fit_full(*sample.rows(), lambda: walk.rows(site))
-    if fit == "auto" and not full.error < diagonal.fit_error:
-        reason = f"the full fit's error on held-out rows is {full.error:.3g}, no smaller"
-        return replace(diagonal, unmixed=reason)
-    return replace(diagonal, parameters=full.parameters, mix=full.mix, fit_error=full.error)
+    full = fit_full(*sample.rows(), lambda: walk.rows(site), beside=keep_sums)
+    return chosen(diagonal, full, fit)
 
 
-def _fit(
-    site: NormSite, sample: RowSample, others: Iterable[RowSample], affine: Affine | None
-) -> SiteFit:
-    own = sample.rows()
-    for other in others:
-        sample.add(*other.rows())
-    fit = fit_diagonal(*sample.rows())
-    if isinstance(fit, Fit):
-        return _fitted(site, own, _shaped(fit.parameters, site), fit.error, None, affine)
-    return _fitted(site, own, None, None, fit, affine)
+def _sums(site: NormSite, sample: RowSample, prefix: str) -> SiteSums:
+    centred = site.kind is NormKind.LAYER_NORM
+    return SiteSums(prefix, sample, site.parameter_shape, centred, site.tied_to)
 
 
-def _follow(first: SiteFit, site: NormSite, sample: RowSample, affine: Affine | None) -> SiteFit:
-    """The fit of a later call of a module: the values of the first, the error on its own rows."""
-    own = sample.rows()
-    error = None if first.parameters is None else relative_error(first.parameters, *own)
-    return _fitted(site, own, first.parameters, error, first.reason, affine)
-
-
-def _fitted(
-    site: NormSite,
-    own: tuple[Array, Array],
-    parameters: DytParameters | None,
-    error: float | None,
-    reason: str | None,
-    affine: Affine | None,
-) -> SiteFit:
-    """A fit with what is told of the site's own rows."""
-    sigma = _sigma(own[0], centred=site.kind is NormKind.LAYER_NORM)
-    drawn = None if affine is None else scatter(*own, sigma, parameters, affine)
-    return SiteFit(parameters, error, reason, *_median_and_peak(sigma), drawn)
+def _drawn(fit: SiteFit, sums: SiteSums, graph: Graph, site: NormSite) -> Scatter | None:
+    affine = _affine(graph, site)
+    if affine is None:
+        return None
+    x, y = sums.rows()
+    return scatter(x, y, sigma(x, centred=sums.centred), fit.parameters, affine)
 
 
 def _paired(staged: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
@@ -206,9 +212,11 @@ class _Walk:
         self._graph = graph
         self._shelf = shelf
         self._masks: list[npt.NDArray[np.bool_] | None] = []
+        self._keys: list[Keys] = []
         self._original: Lane = []
         for batch in samples:
             self._masks.append(attention_mask(batch, graph))
+            self._keys.append(sample_keys(batch, graph))
             self._original.append(
                 {value: shelf.keep(batch[name], value) for name, value in graph.inputs.items()}
             )
@@ -228,21 +236,26 @@ class _Walk:
         norm = self._norm(site, stage)
         for original in self._original:
             original[site.output] = self._shelf.keep(norm(original), site.output)
-        for x, y in self.rows(site):
-            sample.add(x, y)
+        for x, y, keys in self._keyed_rows(site):
+            sample.add(x, y, keys)
         return sample
 
     def rows(self, site: NormSite) -> Iterator[tuple[Array, Array]]:
         """Rows of the site's input in the converted and of its output in the original model."""
+        return ((x, y) for x, y, _ in self._keyed_rows(site))
+
+    def _keyed_rows(self, site: NormSite) -> Iterator[tuple[Array, Array, Keys | None]]:
+        """The same, and what each row is known by."""
         shapes = [values[site.input].shape for values in self._converted]
-        layout = _Layout(site, shapes, self._masks)
-        for original, converted, mask in zip(
-            self._original, self._converted, self._masks, strict=True
+        layout = _Layout(site, shapes, self._masks, list(map(len, self._keys)))
+        for original, converted, mask, keys in zip(
+            self._original, self._converted, self._masks, self._keys, strict=True
         ):
             x = self._graph.to_array(converted[site.input].load())
             y = self._graph.to_array(original[site.output].load())
             counted = layout.counted(mask, x.shape)
-            yield layout.rows(x)[counted], layout.rows(y)[counted]
+            known = layout.keys(keys, counted)
+            yield layout.rows(x)[counted], layout.rows(y)[counted], known
 
     def elements(self, site: NormSite) -> int:
         """How many elements the site's input has, over all batches."""
@@ -288,8 +301,9 @@ class _Layout:
     """How a site's tensors, one a batch, are read as rows of channels.
 
     Channels are the axes over which gamma varies: the normalized one, or that and others (a gamma
-    of its own for each head). shapes, masks: of all batches, which tell together where the axes
-    of the masks lie: a batch of as many samples as tokens could be read in two ways.
+    of its own for each head). Rows come sample by sample, wherever the samples' axis lies. shapes,
+    masks, samples: of all batches, which tell together where the axes of samples and tokens lie: a
+    batch of as many samples as tokens could be read in two ways.
     """
 
     def __init__(
@@ -297,6 +311,7 @@ class _Layout:
         site: NormSite,
         shapes: Sequence[tuple[int, ...]],
         masks: Sequence[npt.NDArray[np.bool_] | None],
+        samples: Sequence[int],
     ) -> None:
         rank = max(map(len, shapes), default=0)
         self._channels = [
@@ -305,35 +320,58 @@ class _Layout:
                                   strict=True)
             if size != 1 or axis in site.axes
         ]  # fmt: skip
-        self._others = [axis for axis in range(rank) if axis not in self._channels]
+        others = [axis for axis in range(rank) if axis not in self._channels]
         found = [
-            _mask_axes(shape, self._others, mask.shape)
+            _mask_axes(shape, others, mask.shape)
             for shape, mask in zip(shapes, masks, strict=True)
             if mask is not None
         ]
         common = set.intersection(*found) if found else set()
         self._mask_axes = common.pop() if len(common) == 1 else None
+        own = None if self._mask_axes is None else self._mask_axes[0]
+        self._samples = _sample_axis(shapes, others, samples) if own is None else own
+        first = [] if self._samples is None else [self._samples]
+        self._others = [*first, *(axis for axis in others if axis not in first)]
 
     def rows(self, array: npt.NDArray[Any]) -> Array:
         """Float32 [rows, channels]."""
-        count = len(self._channels)
-        moved = np.moveaxis(array, self._channels, range(-count, 0))
-        channels = int(np.prod(moved.shape[-count:]))
+        moved = array.transpose([*self._others, *self._channels])
+        channels = int(np.prod(moved.shape[len(self._others) :]))
         return np.ascontiguousarray(moved.reshape(-1, channels), dtype=np.float32)
+
+    def keys(self, samples: Keys, counted: npt.NDArray[np.bool_]) -> Keys | None:
+        """What each row that counts is known by: its sample, and its place among that one's rows.
+
+        None where it is unknown which sample a row is of.
+        """
+        if self._samples is None:
+            return None
+        own = counted.reshape(len(samples), -1)
+        places = np.cumsum(own, axis=1, dtype=np.uint64)
+        return np.asarray((samples[:, None] + places)[own])
 
     def counted(
         self, mask: npt.NDArray[np.bool_] | None, shape: tuple[int, ...]
-    ) -> npt.NDArray[np.bool_] | slice:
-        """The rows that a mask of [samples, tokens] lets count; all where its place is unknown."""
-        if mask is None or self._mask_axes is None:
-            return slice(None)
-        samples, tokens = self._mask_axes
-        if samples == tokens:
-            return mask.reshape(-1)
-        turned = mask if samples < tokens else mask.T
-        spread = [shape[axis] if axis in self._mask_axes else 1 for axis in self._others]
+    ) -> npt.NDArray[np.bool_]:
+        """Whether a mask of [samples, tokens] lets each row count; all, its place unknown."""
         lengths = [shape[axis] for axis in self._others]
-        return np.broadcast_to(turned.reshape(spread), lengths).reshape(-1)
+        if mask is None or self._mask_axes is None:
+            return np.ones(int(np.prod(lengths)), np.bool_)
+        if self._mask_axes[0] == self._mask_axes[1]:
+            return mask.reshape(-1)
+        spread = [shape[axis] if axis in self._mask_axes else 1 for axis in self._others]
+        return np.broadcast_to(mask.reshape(spread), lengths).reshape(-1)
+
+
+def _sample_axis(
+    shapes: Sequence[tuple[int, ...]], axes: Sequence[int], samples: Sequence[int]
+) -> int | None:
+    """The axis of the samples; the first where they are flattened with others behind them."""
+    for axis in axes:
+        if all(shape[axis] == count for shape, count in zip(shapes, samples, strict=True)):
+            return axis
+    parted = all(shape[0] % count == 0 for shape, count in zip(shapes, samples, strict=True))
+    return 0 if 0 in axes and parted else None
 
 
 def _mask_axes(
@@ -349,31 +387,6 @@ def _mask_axes(
         return set()
     pairs = [pair for axis in axes if axis for pair in ((0, axis), (axis, 0))]
     return {(s, t) for s, t in pairs if (shape[s], shape[t]) == mask}
-
-
-def _shaped(parameters: DytParameters, site: NormSite) -> DytParameters:
-    """gamma and beta in the shape that broadcasts against the site."""
-    gamma, beta = parameters.gamma, parameters.beta
-    return DytParameters(
-        parameters.alpha,
-        None if gamma is None else gamma.reshape(site.parameter_shape),
-        None if beta is None else beta.reshape(site.parameter_shape),
-        squash=parameters.squash,
-    )
-
-
-def _sigma(rows: Array, *, centred: bool) -> npt.NDArray[np.float64]:
-    """What the norm divides each row by (eps left out)."""
-    wide = rows.astype(np.float64)
-    return np.asarray(wide.std(axis=1) if centred else np.sqrt((wide * wide).mean(axis=1)))
-
-
-def _median_and_peak(sigma: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
-    """The median, and the largest over the median."""
-    if not len(sigma):
-        return None, None
-    median = float(np.median(sigma))
-    return median, float(sigma.max()) / median if median else None
 
 
 def _affine(graph: Graph, site: NormSite) -> Affine | None:

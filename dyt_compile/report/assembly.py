@@ -34,7 +34,10 @@ def assemble(
     hard: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     frontier: tuple[FrontierPoint, ...] = (),
 ) -> Report:
-    """The report; `planned`, `measured` and `isolated` are None in mode "exact"."""
+    """The report; `planned`, `measured` and `isolated` are None in mode "exact".
+
+    Mode "calibration" applies one: it has no `isolated`, and `measured` only where there was data.
+    """
     return Report(
         model=found.model,
         mode=mode,
@@ -91,4 +94,6 @@ def _why_kept(planned: Plan | None, fit: Any, sensitivity: float | None) -> str:
         return "mode exact"
     if fit is not None and fit.reason is not None:
         return str(fit.reason)
+    if sensitivity is None and not planned.attempts:
+        return "excluded, or kept by the calibration"
     return "excluded" if sensitivity is None else "over budget"

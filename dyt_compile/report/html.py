@@ -206,6 +206,8 @@ def _headline(report: Report) -> str:
     if not report.sites:
         return "No norm was found that DyT could stand for. The model is as it was."
     told = f"{report.converted} of {len(report.sites)} sites are DyT."
+    if report.error is None and report.mode != "exact":
+        return f"{told} Their fits are of a calibration; without data, no error was measured."
     if report.error is None:
         return f"{told} Norms are left alone in mode {report.mode}: nothing was approximated."
     cost = (

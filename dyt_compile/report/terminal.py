@@ -182,7 +182,8 @@ def headline(report: Report) -> str:
     """One line: how many sites, at what error, within which budget."""
     converted = f"{report.model}: {report.converted} of {len(report.sites)} sites are DyT"
     if report.error is None:
-        return f"{converted}; norms left alone (mode {report.mode})"
+        told = "norms left alone" if report.mode == "exact" else "the error was not measured"
+        return f"{converted}; {told} (mode {report.mode})"
     cost = f"{described(report.metric)} {report.error:.4g} ± {report.standard_error:.1g}"
     if report.recovery is not None:
         cost += f" (before recovery {report.recovery.before:.4g})"

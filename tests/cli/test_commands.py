@@ -124,6 +124,34 @@ def test_convert_writes_model_report_and_calibration(model: str, data: str, tmp_
     assert set(Calibration.load(tmp_path / "c.safetensors").fits) == {"0.norm", "1.norm"}
 
 
+def test_convert_applies_what_calibrate_wrote(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fits, out = tmp_path / "fits.safetensors", tmp_path / "out.onnx"
+    assert run("calibrate", model, "--data", data, "-o", fits) == 0
+    assert "2 of 2 norms have a fit" in capsys.readouterr().out
+    assert convert(model, "-o", out, "--fits", fits) == 0
+    assert "2 of 2 sites are DyT; the error was not measured" in capsys.readouterr().out
+    assert convert(model, "-o", out, "--fits", fits, "--data", data) == 0
+    assert "on 64 unseen samples" in capsys.readouterr().out
+
+
+def test_calibrate_merges_runs_over_other_data(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, plain = (tmp_path / name for name in ("first", "second", "plain"))
+    options = ["--data", data, "--activations", "original"]
+    assert run("calibrate", model, *options, "--keep-sums", "-o", first) == 0
+    assert run("calibrate", model, *options, "--merge", first, "--keep-sums", "-o", second) == 0
+    sums = Calibration.load(second).fits["0.norm"].sums
+    assert sums is not None
+    assert sums.sample.seen == 2 * 64 * 3
+    assert run("calibrate", model, *options, "--merge", first, "-o", plain) == 0
+    assert Calibration.load(plain).fits["0.norm"].sums is None
+    told = failure(capsys, "calibrate", model, "--data", data, "--merge", first, "-o", plain)
+    assert told.startswith("CalibrationError: site '1.norm' rests on fits of earlier sites")
+
+
 def test_report_may_be_written_twice_and_is_named(
     model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -423,7 +451,7 @@ def test_verbose_shows_the_traceback(
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     printed = capsys.readouterr().out
-    assert all(verb in printed for verb in ("inspect", "convert", "verify"))
+    assert all(verb in printed for verb in ("inspect", "calibrate", "convert", "verify"))
 
 
 def test_inspect_of_an_onnx_file_imports_no_torch(model: str, data: str, tmp_path: Path) -> None:

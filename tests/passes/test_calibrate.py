@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyt_compile.calibration import Calibration, SiteFit
-from dyt_compile.data import whole
+from dyt_compile.data import sample_keys, whole
 from dyt_compile.dyt import DytParameters
-from dyt_compile.fits import Fit, RowSample, fit_diagonal
+from dyt_compile.errors import CalibrationError
+from dyt_compile.fits import Fit, Keys, RowSample, fit_diagonal
 from dyt_compile.graphs.base import Graph
 from dyt_compile.passes import calibrate as calibrate_module
 from dyt_compile.passes.calibrate import calibrate
@@ -82,9 +83,14 @@ def _batches(x: Tensor, sizes: int | list[int] = 20) -> list[tuple[Tensor]]:
 
 
 def _calibrated(
-    graph: Graph, batches: Sequence[Any], convert: Collection[str] = NAMES, seed: int = 0
+    graph: Graph,
+    batches: Sequence[Any],
+    convert: Collection[str] = NAMES,
+    seed: int = 0,
+    **options: Any,
 ) -> Calibration:
-    return calibrate(graph, match(graph), whole(graph, batches), convert=convert, seed=seed)
+    samples = whole(graph, batches)
+    return calibrate(graph, match(graph), samples, convert=convert, seed=seed, **options)
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +120,21 @@ def _fitted(fit: SiteFit) -> DytParameters:
     return fit.parameters
 
 
-def _assert_close(a: Calibration, b: Calibration, tolerance: float) -> None:
-    """The same fits, up to a share of each parameter's largest value."""
+def _assert_close(
+    a: Calibration, b: Calibration, tolerance: float, *, same_samples: bool = True
+) -> None:
+    """The same fits, up to a share of each parameter's largest value.
+
+    same_samples: where the same rows come in other samples, other ones are held out.
+    """
     assert list(a.fits) == list(b.fits)
     for name in a.fits:
-        assert a.fits[name].fit_error == pytest.approx(b.fits[name].fit_error, rel=tolerance)
+        error = pytest.approx(b.fits[name].fit_error, rel=tolerance)
+        assert not same_samples or a.fits[name].fit_error == error
         assert a.fits[name].sigma_median == pytest.approx(b.fits[name].sigma_median, rel=tolerance)
         assert a.fits[name].sigma_peak == pytest.approx(b.fits[name].sigma_peak, rel=tolerance)
-        first, second = _fitted(a.fits[name]).named(), _fitted(b.fits[name]).named()
+        first, second = a.fits[name].arrays(), b.fits[name].arrays()
+        assert list(first) == list(second)
         for parameter, array in first.items():
             scale = float(np.abs(array).max())
             np.testing.assert_allclose(
@@ -174,14 +187,20 @@ def _watched(
     return seen["x"], seen["y"]
 
 
-def _by_hand(model: nn.Module, x: Tensor, convert: Collection[str]) -> dict[str, Fit]:
+def _row_keys(graph: Graph, x: Tensor, count: int = TOKENS) -> Keys:
+    """Of `count` rows a sample: the first has the key of the sample and 1."""
+    rows = np.arange(1, count + 1, dtype=np.uint64)
+    return (sample_keys(graph.bind((x,)), graph)[:, None] + rows).ravel()
+
+
+def _by_hand(model: nn.Module, graph: Graph, x: Tensor, convert: Collection[str]) -> dict[str, Fit]:
     """The walk, with hooks in place of cuts and with whole runs in place of segments."""
     original, converted = model, copy.deepcopy(model)
     fits: dict[str, Fit] = {}
     for name in NAMES:
         x_seen, y_seen = _watched(original, converted, name, x)
         sample = RowSample(0)
-        sample.add(x_seen.reshape(-1, WIDTH).numpy(), y_seen.reshape(-1, WIDTH).numpy())
+        sample.add(*(a.reshape(-1, WIDTH).numpy() for a in (x_seen, y_seen)), _row_keys(graph, x))
         fit = fit_diagonal(*sample.rows())
         assert isinstance(fit, Fit)
         fits[name] = fit
@@ -199,7 +218,7 @@ def test_fits_equal_a_walk_by_hand(
 ) -> None:
     found = _calibrated(graph, _batches(_inputs()), convert)
     assert found.converted == set(convert)
-    for name, expected in _by_hand(model, _inputs(), convert).items():
+    for name, expected in _by_hand(model, graph, _inputs(), convert).items():
         fit = found.fits[name]
         assert fit.fit_error == pytest.approx(expected.error, rel=1e-4)
         for parameter, array in expected.parameters.named().items():
@@ -278,12 +297,62 @@ def test_fits_do_not_depend_on_how_samples_are_batched(
     _assert_close(_calibrated(graph, _batches(x)), _calibrated(graph, _batches(x, sizes)), 1e-4)
 
 
-def test_fits_on_a_sample_of_the_rows_do_not_depend_on_batches(
-    graph: Graph, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample of 100 rows a site, of 300 or so."""
+    monkeypatch.setattr(calibrate_module, "RowSample", functools.partial(RowSample, limit=100))
+
+
+SPLITS = pytest.mark.parametrize(
+    "sizes", [[60], [1] * 60, [7] * 8 + [4], [1, 30, 29], [5] * 12], ids=lambda s: f"{len(s)}"
+)
+
+
+@SPLITS
+@pytest.mark.parametrize("fit", ["diagonal", "full"])
+@pytest.mark.usefixtures("few_rows")
+def test_fits_on_a_sample_do_not_depend_on_the_split_or_the_order(
+    graph: Graph, fit: str, sizes: list[int]
 ) -> None:
-    monkeypatch.setattr(
-        calibrate_module, "RowSample", functools.partial(RowSample, limit=100)
-    )  # of 300 rows
+    x = _inputs()
+    own = _calibrated(graph, _batches(x), fit=fit)
+    assert own.fits[NAMES[0]].method == fit
+    _assert_close(own, _calibrated(graph, _batches(x, sizes), fit=fit), 2e-4)
+    _assert_close(own, _calibrated(graph, _batches(x, sizes)[::-1], fit=fit), 2e-4)
+
+
+@SPLITS
+@pytest.mark.parametrize("fit", ["diagonal", "full"])
+@pytest.mark.usefixtures("few_rows")
+def test_masked_fits_on_a_sample_do_not_depend_on_the_split_or_the_padding(
+    fit: str, sizes: list[int]
+) -> None:
+    x, mask = _inputs(), _mask()
+    graph = capture(Masked().eval(), kwargs=_masked(x, mask)[0])
+    own = _calibrated(graph, _masked(x, mask), fit=fit)
+    assert own.fits[NAMES[0]].method == fit
+    x, mask = F.pad(x, (0, 0, 0, 2), value=9.0), F.pad(mask, (0, 2))
+    parts = zip(x.split(sizes), mask.split(sizes), strict=True)
+    batches = [{"x": a, "attention_mask": b} for a, b in parts]
+    wider = capture(Masked().eval(), kwargs=_masked(x, mask)[0])
+    _assert_close(own, _calibrated(wider, batches, fit=fit), 2e-4)
+
+
+@pytest.mark.parametrize("sizes", [[60], [7] * 8 + [4], [1, 30, 29]], ids=lambda s: f"{len(s)}")
+@pytest.mark.usefixtures("few_rows")
+def test_fits_on_a_sample_of_tokens_first_do_not_depend_on_the_split(sizes: list[int]) -> None:
+    class Bare(TimeMajor):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            y: Tensor = self.norm(x.transpose(0, 1)).transpose(0, 1)
+            return y
+
+    x = _inputs()
+    graph = capture(Bare().eval(), (x[:4],))
+    _assert_close(_calibrated(graph, _batches(x)), _calibrated(graph, _batches(x, sizes)), 1e-4)
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_fits_on_a_sample_of_the_rows_do_not_depend_on_batches(graph: Graph) -> None:
     x = _inputs()
     first = _calibrated(graph, _batches(x))
     _assert_close(first, _calibrated(graph, _batches(x, 7)), 1e-4)
@@ -355,7 +424,8 @@ def test_masked_fits_are_those_of_the_positions_that_count() -> None:
     graph = capture(Masked().eval(), kwargs=_masked(x, mask)[0])
     flat = capture(Transformer().eval(), (_inputs(4, 1),))
     counted = x[mask > 0][:, None]  # one token a sample
-    _assert_close(_calibrated(graph, _masked(x, mask)), _calibrated(flat, _batches(counted)), 1e-4)
+    own = _calibrated(graph, _masked(x, mask))
+    _assert_close(own, _calibrated(flat, _batches(counted)), 1e-4, same_samples=False)
 
 
 def test_batches_of_unequal_lengths_are_calibrated_together(model: nn.Module) -> None:
@@ -363,7 +433,8 @@ def test_batches_of_unequal_lengths_are_calibrated_together(model: nn.Module) ->
     graph = capture(model, batches[0], batches=batches)
     together = torch.cat([x.reshape(-1, 1, WIDTH) for (x,) in batches])
     flat = capture(model, (together[:4],))
-    _assert_close(_calibrated(graph, batches), _calibrated(flat, [(together,)]), 1e-4)
+    own = _calibrated(graph, batches)
+    _assert_close(own, _calibrated(flat, [(together,)]), 1e-4, same_samples=False)
 
 
 def test_bfloat16_model_is_calibrated_close_to_its_float32_original(graph: Graph) -> None:
@@ -503,7 +574,8 @@ def test_norm_over_the_first_channels_is_fitted_along_them() -> None:
     with torch.no_grad():
         y = model[0](x)
     sample = RowSample(0)
-    sample.add(*(a.movedim(1, -1).reshape(-1, WIDTH).contiguous().numpy() for a in (x, y)))
+    rows = (a.movedim(1, -1).reshape(-1, WIDTH).contiguous().numpy() for a in (x, y))
+    sample.add(*rows, _row_keys(graph, x, 6))
     expected = fit_diagonal(*sample.rows())
     assert isinstance(expected, Fit)
     assert expected.parameters.gamma is not None
@@ -555,5 +627,92 @@ def test_mask_that_could_be_read_in_two_ways_counts_nothing_out() -> None:
     _assert_close(
         _calibrated(graph, square, ()),
         _calibrated(graph, [batch | {"attention_mask": ones} for batch in square], ()),
-        0,
+        1e-5,  # another mask makes other samples, whose rows come in another order
+        same_samples=False,
     )
+
+
+def _run(graph: Graph, x: Tensor, convert: Collection[str] = (), **options: Any) -> Calibration:
+    return _calibrated(graph, _batches(x), convert, keep_sums=True, **options)
+
+
+@pytest.mark.parametrize("fit", ["diagonal", "full"])
+@pytest.mark.parametrize("way", ["memory", "files"])
+@pytest.mark.usefixtures("few_rows")
+def test_merged_runs_are_one_run_over_all_data(
+    graph: Graph, fit: str, way: str, tmp_path: Path
+) -> None:
+    x = _inputs()
+    runs = [_run(graph, part, fit=fit) for part in x.split([25, 30, 5])]
+    if way == "files":
+        for number, run in enumerate(runs):
+            run.save(tmp_path / str(number))
+        runs = [Calibration.load(tmp_path / str(number)) for number in range(len(runs))]
+    own = _run(graph, x, fit=fit)
+    _assert_close(runs[0].merge(runs[1]).merge(runs[2]), own, 1e-4)
+    _assert_close(runs[2].merge(runs[0].merge(runs[1])), own, 1e-4)
+    assert [fit.method for fit in own.fits.values()] == [fit, fit, fit, "diagonal"]
+    assert own.fits["norm"].unmixed == runs[0].merge(runs[1]).fits["norm"].unmixed
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_merged_runs_of_a_module_that_is_called_twice_are_one_run() -> None:
+    class Twice(Transformer):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(super().forward(x) * 30)
+            return y
+
+    graph = capture(Twice().eval(), (_inputs(4),))
+    first, second = (_run(graph, part) for part in _inputs().split(30))
+    merged = first.merge(second)
+    _assert_close(merged, _run(graph, _inputs()), 1e-4)
+    np.testing.assert_array_equal(
+        _fitted(merged.fits["norm"]).alpha, _fitted(merged.fits["norm#2"]).alpha
+    )
+
+
+def test_merged_sums_are_those_of_all_rows(graph: Graph) -> None:
+    first, second = (_run(graph, part, fit="full") for part in _inputs().split([20, 40]))
+    sums = first.merge(second).fits[NAMES[0]].sums
+    assert sums is not None
+    assert sums.sample.seen == 300
+    assert {part.rows for part in sums.full} == {300}
+
+
+def test_sequential_runs_are_not_merged_behind_the_first_converted_site(graph: Graph) -> None:
+    first, second = (_run(graph, part, NAMES) for part in _inputs().split(30))
+    for one, other in ((first, second), (first, first)):  # equal prefixes, but no merged ones
+        with pytest.raises(CalibrationError, match=r"'blocks\.1\.norm' rests on fits of earlier"):
+            one.merge(other)
+
+
+def test_runs_that_convert_the_last_site_alone_are_merged(graph: Graph) -> None:
+    first, second = (_run(graph, part, NAMES[-1:]) for part in _inputs().split(30))
+    merged = first.merge(second)
+    assert merged.converted == {"norm"}
+    assert first.merge(_run(graph, _inputs(seed=1))).converted == {"norm"}
+    _assert_close(merged, _run(graph, _inputs(), NAMES[-1:]), 1e-4)
+
+
+def test_runs_of_other_models_or_without_sums_are_not_merged(graph: Graph) -> None:
+    own = _run(graph, _inputs())
+    other = Transformer()
+    nn.init.normal_(other.norm.weight, 2.0, 0.5)  # type: ignore[arg-type]
+    foreign = capture(other.eval(), (_inputs(4),))
+    for calibration, told in (
+        (_run(foreign, _inputs()), "of different models"),
+        (_calibrated(graph, _batches(_inputs()), ()), "has no sums to merge.*keep_sums=True"),
+    ):
+        for pair in ((own, calibration), (calibration, own)):
+            with pytest.raises(CalibrationError, match=told):
+                pair[0].merge(pair[1])
+
+
+def test_sums_are_kept_on_request_alone(graph: Graph, tmp_path: Path) -> None:
+    plain = _calibrated(graph, _batches(_inputs()), fit="full")
+    assert all(fit.sums is None for fit in plain.fits.values())
+    plain.save(tmp_path / "plain")
+    _run(graph, _inputs(), NAMES, fit="full").save(tmp_path / "sums")
+    sizes = [(tmp_path / name).stat().st_size for name in ("plain", "sums")]
+    assert sizes[1] > 10 * sizes[0]
+    _assert_close(Calibration.load(tmp_path / "sums"), Calibration.load(tmp_path / "plain"), 0)

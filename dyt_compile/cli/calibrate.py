@@ -1,0 +1,80 @@
+"""dyt-compile calibrate: fit every norm and write the fitted values."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import compiler
+from ..calibration import Calibration
+from ..progress import reporting
+from .convert import Fit, FitMethod
+from .options import BatchSize, Exclude, Model, ProviderName, Verbose
+from .progress import TerminalReporter, console, tell_written
+from .sources import load_data, load_model
+
+__all__ = ["calibrate"]
+
+
+class Activations(str, Enum):
+    """What every site is fitted on."""
+
+    converted = "converted"
+    original = "original"
+
+
+Target = Annotated[
+    Path, typer.Option("-o", "--out", help="Write .safetensors.", show_default=False)
+]
+DATA_HELP = "Inputs: .npz, a folder of them, or file.py:function."
+
+
+def calibrate(
+    model: Model,
+    out: Target,
+    data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
+    activations: Annotated[
+        Activations, typer.Option(help="Of the converted model, or of the original.")
+    ] = Activations.converted,
+    fit: Fit = FitMethod.auto,
+    keep_sums: Annotated[
+        bool, typer.Option("--keep-sums", help="So that other runs can be merged with this one.")
+    ] = False,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(help="A calibration of other data to merge in; may be repeated."),
+    ] = None,
+    exclude: Exclude = None,
+    batch_size: BatchSize = 32,
+    provider: ProviderName = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the sample of rows.")] = 0,
+    verbose: Verbose = False,
+) -> None:
+    """Fit every norm of MODEL on all data; convert applies the file with --fits.
+
+    Runs over parts of the data give the fits of all of it, where each was made on the original's
+    activations with --keep-sums: --merge adds them.
+    """
+    others = [Calibration.load(path) for path in merge or ()]
+    source = load_model(model)
+    with reporting(TerminalReporter(console(stderr=True))):
+        made = compiler.calibrate(
+            source.model,
+            load_data(data, batch_size),
+            activations=activations.value,
+            keep_sums=keep_sums or bool(others),
+            fit=fit.value,
+            example=source.example,
+            exclude=tuple(exclude or ()),
+            seed=seed,
+            provider=provider,
+        )
+        for other in others:
+            made = made.merge(other)
+    (made if keep_sums else made.without_sums()).save(out)
+    able = sum(fit.parameters is not None for fit in made.fits.values())
+    console().print(f"{able} of {len(made.fits)} norms have a fit", highlight=False)
+    tell_written(out)
