@@ -20,11 +20,15 @@ from .files import replaced
 from .scatter import Scatter
 from .sites import NormKind
 
-__all__ = ["Calibration", "SiteFit", "SiteSketch", "digest", "near", "sketch"]
+__all__ = ["Calibration", "Refit", "SiteFit", "SiteSketch", "digest", "near", "sketch"]
 
-VERSION = 2
-READABLE = (1, VERSION)
-"""Version 1 had no mixes; who reads it alone must not take a bare DyT for the whole of a fit."""
+VERSION = 3
+READABLE = (1, 2, VERSION)
+"""Version 1 had no mixes, version 2 no refits; who reads those alone must not take a part of a fit
+for the whole."""
+
+REFIT = "refit:"
+"""Before the names of weights, so that they are never those of sites."""
 
 SKETCH_TOLERANCE = 0.02
 """Relative; bfloat16 keeps 8 bits, so its means and roots differ by less than 1 %."""
@@ -103,17 +107,36 @@ class SiteFit:
 
 
 @dataclass(frozen=True, eq=False)
+class Refit:
+    """What a linear projection gains: x W + b becomes x W + b + mix(x).
+
+    mix: matrix float32 [in, out], offset float32 [out]. before, after: the error on held-out rows
+    without it and with it, relative to the output wanted.
+    """
+
+    mix: Mix
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, eq=False)
 class Calibration:
-    """Fits by site name, and the sketch of the model that they belong to."""
+    """Fits by site name, and the sketch of the model that they belong to.
+
+    converted: the sites that were converted while the others were fitted. refits: of projections
+    behind those, by the name of their weight; they are of no use where other sites are converted.
+    """
 
     fits: Mapping[str, SiteFit]
     fingerprint: tuple[SiteSketch, ...]
     converted: frozenset[str] = field(default_factory=frozenset)
+    refits: Mapping[str, Refit] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: arrays "site/alpha", and JSON in its metadata.
 
-        A full fit takes 4 C (C + 1) bytes for the C channels of its site.
+        A full fit takes 4 C (C + 1) bytes for the C channels of its site, a refit as many as its
+        weight and bias in float32.
         """
         from safetensors.numpy import save_file
 
@@ -122,11 +145,14 @@ class Calibration:
             for name, fit in self.fits.items()
             for parameter, array in fit.arrays().items()
         }
+        for name, refit in self.refits.items():
+            arrays |= {f"{REFIT}{name}/{part}": array for part, array in vars(refit.mix).items()}
         about = {
             "version": VERSION,
             "converted": sorted(self.converted),
             "fingerprint": [vars(site) for site in self.fingerprint],
             "fits": {name: _figures(fit) for name, fit in self.fits.items()},
+            "refits": {name: [refit.before, refit.after] for name, refit in self.refits.items()},
         }
         with replaced(Path(path)) as temporary:
             save_file(arrays, temporary, metadata={"dyt_compile": json.dumps(about)})
@@ -150,6 +176,12 @@ class Calibration:
                 ),
                 fingerprint=tuple(_sketch(site) for site in about["fingerprint"]),
                 converted=frozenset(about["converted"]),
+                refits=MappingProxyType(
+                    {
+                        name: Refit(_mix(f"{REFIT}{name}", arrays), *errors)
+                        for name, errors in about.get("refits", {}).items()
+                    }
+                ),
             )
         except CalibrationError:
             raise
@@ -205,9 +237,12 @@ def _fit(name: str, figures: dict[str, Any], arrays: Mapping[str, Any]) -> SiteF
     if squash is None:
         return SiteFit(None, **figures)
     values = {p: arrays[f"{name}/{p}"] for p in PARAMETERS if f"{name}/{p}" in arrays}
-    full = f"{name}/matrix" in arrays
-    mix = Mix(arrays[f"{name}/matrix"], arrays[f"{name}/offset"]) if full else None
+    mix = _mix(name, arrays) if f"{name}/matrix" in arrays else None
     return SiteFit(DytParameters(squash=squash, **values), mix=mix, **figures)
+
+
+def _mix(name: str, arrays: Mapping[str, Any]) -> Mix:
+    return Mix(arrays[f"{name}/matrix"], arrays[f"{name}/offset"])
 
 
 def _sketch(data: dict[str, Any]) -> SiteSketch:

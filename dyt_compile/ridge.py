@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .calibration import Refit
 from .dyt import DytParameters, Mix
 from .fits import HELD_OUT
 
-__all__ = ["ROWS_PER_CHANNEL", "FullFit", "GramSums", "fit_full"]
+__all__ = ["ROWS_PER_CHANNEL", "FullFit", "GramSums", "RefitSums", "fit_full"]
 
 Array = npt.NDArray[np.float32]
 Rows = Iterable[tuple[Array, Array]]
@@ -29,6 +30,9 @@ ROWS_PER_CHANNEL = 8
 
 RIDGES = (1e-4, 1e-3, 1e-2)
 """Parts of a channel's own sum of squares that are added to it."""
+
+REFIT_RIDGES = (1e-2, 1e-1, 1.0)
+"""The same for a projection, which is drawn towards the weight that it has."""
 
 FLOOR = 1e-6
 """Part of the mean sum of squares that is added, too: for channels that do not vary."""
@@ -57,6 +61,7 @@ class GramSums:
         self._sums = np.zeros(channels), np.zeros(outputs)
         self._squares = np.zeros((channels, channels))
         self._products = np.zeros((channels, outputs))
+        self._length = 0.0
 
     def add(self, t: Array, y: Array) -> None:
         """Count rows in."""
@@ -66,6 +71,30 @@ class GramSums:
         self._sums[1][:] += centred_y.sum(axis=0)
         self._squares += centred_t.T @ centred_t
         self._products += centred_t.T @ centred_y
+        self._length += float(np.einsum("ro,ro->", centred_y, centred_y))
+
+    @property
+    def total(self) -> float:
+        """Sum over all rows of y^2."""
+        centre = self._centres[1]
+        return float(self._length + 2 * centre @ self._sums[1] + self._rows * centre @ centre)
+
+    def include(self, other: GramSums) -> None:
+        """Count in the rows of sums about the same centres."""
+        self._rows += other._rows
+        self._sums[0][:] += other._sums[0]
+        self._sums[1][:] += other._sums[1]
+        self._squares += other._squares
+        self._products += other._products
+        self._length += other._length
+
+    def squared_error(self, mix: Mix) -> float:
+        """Sum over all rows of (t matrix + offset - y)^2."""
+        matrix = mix.matrix.astype(np.float64)
+        shift = mix.offset + self._centres[0] @ matrix - self._centres[1]
+        bent = np.einsum("io,io->", matrix, self._squares @ matrix - 2 * self._products)
+        left = self._sums[1] - self._sums[0] @ matrix
+        return float(self._length + bent - 2 * shift @ left + self._rows * shift @ shift)
 
     def solve(self, ridge: float) -> Mix:
         """The matrix and the offset of the least squared error plus the ridge, on centred rows."""
@@ -97,6 +126,42 @@ def fit_full(x: Array, y: Array, stream: Callable[[], Rows]) -> FullFit:
     for x_part, y_part in stream():
         sums.add(_squashed(x_part, alpha), y_part)
     return FullFit(DytParameters(np.array([alpha], np.float32)), sums.solve(ridge), error)
+
+
+class RefitSums:
+    """The sums from which a projection is refitted, those of every fourth row apart."""
+
+    def __init__(self) -> None:
+        self._parts: tuple[GramSums, GramSums] | None = None
+        self._rows = 0
+        self._wanted = 0.0
+
+    def add(self, x: Array, y: Array, missing: Array) -> None:
+        """Count rows in. x: input; y: output wanted; missing: that, less the output of now."""
+        if self._parts is None:
+            centres = x.mean(axis=0), missing.mean(axis=0)
+            self._parts = GramSums(*centres), GramSums(*centres)
+        held = (self._rows + np.arange(len(x))) % HELD_OUT == 0
+        self._rows += len(x)
+        self._wanted += float(np.square(y[held], dtype=np.float64).sum())
+        for sums, rows in zip(self._parts, (~held, held), strict=True):
+            sums.add(x[rows], missing[rows])
+
+    def solve(self) -> Refit | None:
+        """The refit with the ridge that does best on held-out rows; None where none helps."""
+        if self._parts is None or not self._wanted > 0:
+            return None
+        fitted, held = self._parts
+        before = held.total
+        errors = {ridge: held.squared_error(fitted.solve(ridge)) for ridge in REFIT_RIDGES}
+        ridge = min(errors, key=errors.__getitem__)
+        if not errors[ridge] < before:
+            return None
+        fitted.include(held)
+        after = max(errors[ridge], 0.0)
+        return Refit(
+            fitted.solve(ridge), (before / self._wanted) ** 0.5, (after / self._wanted) ** 0.5
+        )
 
 
 def _alphas(x: Array) -> list[float]:

@@ -7,7 +7,7 @@ norm puts out for the same samples. What waits between the parts lies on a shelf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration import Calibration, SiteFit, SiteSketch, digest, sketch
+from ..calibration import Calibration, Refit, SiteFit, SiteSketch, digest, sketch
 from ..data import Part, attention_mask
 from ..dyt import DytParameters, Mix, evaluate
 from ..fits import ROWS, Fit, RowSample, fit_diagonal, relative_error
 from ..graphs.base import Graph
-from ..graphs.cuts import Stage, stages
+from ..graphs.cuts import Point, Stage, place, stages
 from ..mixing import obstacle
 from ..progress import track
-from ..ridge import ROWS_PER_CHANNEL, fit_full
+from ..projections import Projection, projections
+from ..ridge import ROWS_PER_CHANNEL, RefitSums, fit_full
 from ..scatter import scatter
 from ..shelf import Kept, Shelf
 from ..sites import Match, NormKind, NormSite
@@ -58,26 +59,34 @@ def calibrate(
     """
     sites = [site for site in match.sites if not site.kind.lossless]
     fits: dict[str, SiteFit] = {}
+    refits: dict[str, Refit] = {}
+    points = _points(graph, sites, convert, fit)
     with Shelf(graph) as shelf:
         later_calls = _later_calls(graph, sites, shelf, samples, seed)
         walk = _Walk(graph, shelf, samples)
-        for stage, following, site in zip(
-            *_paired(stages(graph, sites)), track(sites, "calibrating", len(sites)), strict=True
+        for stage, following, point in zip(
+            *_paired(stages(graph, points)), track(points, "calibrating", len(points)), strict=True
         ):
             walk.advance(stage)
-            others = later_calls.get(site.name, ())
-            unmixed = _unmixed(site, others, graph, fit)
-            sample = walk.observe(site, stage, _sample(seed, site, unmixed))
-            affine = _affine(graph, site)
-            if site.tied_to is None:
-                found = replace(_fit(site, sample, others, affine), unmixed=unmixed)
-                fits[site.name] = found if unmixed else _mixed(found, site, sample, walk, fit)
+            if isinstance(point, Projection):
+                refit = walk.refit(point, stage, following)
+                refits |= {} if refit is None else {point.name: refit}
+                continue
+            others = later_calls.get(point.name, ())
+            unmixed = _unmixed(point, others, graph, fit)
+            sample = walk.observe(point, stage, _sample(seed, point, unmixed))
+            affine = _affine(graph, point)
+            if point.tied_to is None:
+                found = replace(_fit(point, sample, others, affine), unmixed=unmixed)
+                fits[point.name] = found if unmixed else _mixed(found, point, sample, walk, fit)
             else:
-                followed = _follow(fits[site.tied_to], site, sample, affine)
-                fits[site.name] = replace(followed, unmixed=unmixed)
-            walk.apply(site, fits[site.name] if site.name in convert else None, stage, following)
+                followed = _follow(fits[point.tied_to], point, sample, affine)
+                fits[point.name] = replace(followed, unmixed=unmixed)
+            walk.apply(point, fits[point.name] if point.name in convert else None, stage, following)
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
-    return Calibration(MappingProxyType(fits), fingerprint(graph, match), done)
+    return Calibration(
+        MappingProxyType(fits), fingerprint(graph, match), done, MappingProxyType(refits)
+    )
 
 
 def fingerprint(graph: Graph, match: Match) -> tuple[SiteSketch, ...]:
@@ -94,6 +103,16 @@ def fingerprint(graph: Graph, match: Match) -> tuple[SiteSketch, ...]:
         )
         for site in match.sites
     )
+
+
+def _points(
+    graph: Graph, sites: Sequence[NormSite], convert: Collection[str], fit: str
+) -> list[NormSite | Projection]:
+    """The sites, and the projections behind converted ones where they are refitted, in order."""
+    points: list[NormSite | Projection] = list(sites)
+    if fit == "auto":
+        points += projections(graph, [site for site in sites if site.name in convert])
+    return sorted(points, key=lambda point: place(point.output))
 
 
 def _later_calls(
@@ -202,17 +221,14 @@ class _Walk:
 
     def observe(self, site: NormSite, stage: Stage, sample: RowSample) -> RowSample:
         """Run the original's norm, and offer the site's rows to the sample."""
-        norm = self._norm(site, stage)
-        for original in self._original:
-            original[site.output] = self._shelf.keep(norm(original), site.output)
+        self._answer(site, stage, self._original)
         for x, y in self.rows(site):
             sample.add(x, y)
         return sample
 
     def rows(self, site: NormSite) -> Iterator[tuple[Array, Array]]:
         """Rows of the site's input in the converted and of its output in the original model."""
-        shapes = [values[site.input].shape for values in self._converted]
-        layout = _Layout(site, shapes, self._masks)
+        layout = self._layout(site, _channels(site))
         for original, converted, mask in zip(
             self._original, self._converted, self._masks, strict=True
         ):
@@ -227,12 +243,54 @@ class _Walk:
         if applied and self._converted is self._original:
             self._converted = [dict(values) for values in self._original]
         if self._converted is not self._original:
-            norm = self._norm(site, stage)
             if fit is not None and fit.parameters is not None:
-                norm = self._dyt(site, fit.parameters, fit.mix)
-            for values in self._converted:
-                y = norm(values)
-                values[site.output] = self._shelf.keep(y, site.output)
+                self._put_dyt(site, fit.parameters, fit.mix)
+            else:
+                self._answer(site, stage, self._converted)
+        self._release(following)
+
+    def refit(self, projection: Projection, stage: Stage, following: Stage) -> Refit | None:
+        """Run a projection, in the converted model with the weight that suits its input best."""
+        self._answer(projection, stage, self._original)
+        found = None
+        if self._converted is not self._original:
+            self._answer(projection, stage, self._converted)
+            found = self._sums(projection).solve()
+            if found is not None:
+                self._put_refit(projection, found)
+        self._release(following)
+        return found
+
+    def _sums(self, projection: Projection) -> RefitSums:
+        """The sums over all rows of what a projection reads and of what it should put out."""
+        read = (projection.input, projection.output, *projection.residuals)
+        layout = self._layout(projection, (-1,))
+        sums = RefitSums()
+        for original, converted, mask in zip(
+            self._original, self._converted, self._masks, strict=True
+        ):
+            _, wanted, *before = (self._array(original[value]) for value in read)
+            x, now, *after = (self._array(converted[value]) for value in read)
+            differences = [a - b for a, b in zip(before, after, strict=True)]
+            target = projection.target(wanted, differences)
+            counted = layout.counted(mask, x.shape)
+            sums.add(*(layout.rows(a)[counted] for a in (x, target, target - now)))
+        return sums
+
+    def _put_refit(self, projection: Projection, refit: Refit) -> None:
+        for values in self._converted:
+            x, y = (self._array(values[value]) for value in (projection.input, projection.output))
+            native = self._graph.from_array(y + refit.mix(x), projection.output)
+            values[projection.output] = self._shelf.keep(native, projection.output)
+
+    def _array(self, kept: Kept) -> Array:
+        return self._graph.to_array(kept.load()).astype(np.float32, copy=False)
+
+    def _layout(self, point: Point, channels: Sequence[int]) -> _Layout:
+        shapes = [values[point.input].shape for values in self._converted]
+        return _Layout(channels, shapes, self._masks)
+
+    def _release(self, following: Stage) -> None:
         for lane in self._lanes():
             lane[:] = [{value: values[value] for value in following.start} for values in lane]
 
@@ -240,44 +298,47 @@ class _Walk:
         same = self._converted is self._original
         return [self._original] if same else [self._original, self._converted]
 
-    def _norm(self, site: NormSite, stage: Stage) -> Callable[[Mapping[Value, Kept]], Any]:
-        """The norm of a site as the model computes it, from what lives behind its stage."""
-        start = [site.input, *(value for value in stage.read if value is not site.input)]
-        run = self._graph.segment(start, [site.output])
-        return lambda values: run([values[value].load() for value in start])[0]
+    def _answer(self, point: Point, stage: Stage, lane: Lane) -> None:
+        """What the original model computes at a point, from what lives behind its stage."""
+        start = [point.input, *(value for value in stage.read if value is not point.input)]
+        run = self._graph.segment(start, [point.output])
+        for values in lane:
+            (native,) = run([values[value].load() for value in start])
+            values[point.output] = self._shelf.keep(native, point.output)
 
-    def _dyt(
-        self, site: NormSite, parameters: DytParameters, mix: Mix | None
-    ) -> Callable[[Mapping[Value, Kept]], Any]:
-        def run(values: Mapping[Value, Kept]) -> Any:
-            x = self._graph.to_array(values[site.input].load()).astype(np.float32)
-            y = evaluate(parameters, x)
-            return self._graph.from_array(mix(y, site.axes[0]) if mix else y, site.output)
+    def _put_dyt(self, site: NormSite, parameters: DytParameters, mix: Mix | None) -> None:
+        for values in self._converted:
+            y = evaluate(parameters, self._array(values[site.input]))
+            native = self._graph.from_array(mix(y, site.axes[0]) if mix else y, site.output)
+            values[site.output] = self._shelf.keep(native, site.output)
 
-        return run
+
+def _channels(site: NormSite) -> list[int]:
+    """The axes, counted from the end, over which the gamma of a site varies."""
+    shape = site.parameter_shape
+    return [
+        axis
+        for axis, size in zip(range(-len(shape), 0), shape, strict=True)
+        if size != 1 or axis in site.axes
+    ]
 
 
 class _Layout:
-    """How a site's tensors, one a batch, are read as rows of channels.
+    """How a point's tensors, one a batch, are read as rows of channels.
 
-    Channels are the axes over which gamma varies: the normalized one, or that and others (a gamma
+    channels: axes counted from the end; of a site the normalized one, or that and others (a gamma
     of its own for each head). shapes, masks: of all batches, which tell together where the axes
     of the masks lie: a batch of as many samples as tokens could be read in two ways.
     """
 
     def __init__(
         self,
-        site: NormSite,
+        channels: Sequence[int],
         shapes: Sequence[tuple[int, ...]],
         masks: Sequence[npt.NDArray[np.bool_] | None],
     ) -> None:
         rank = max(map(len, shapes), default=0)
-        self._channels = [
-            axis % rank
-            for axis, size in zip(range(-len(site.parameter_shape), 0), site.parameter_shape,
-                                  strict=True)
-            if size != 1 or axis in site.axes
-        ]  # fmt: skip
+        self._channels = [axis % rank for axis in channels]
         self._others = [axis for axis in range(rank) if axis not in self._channels]
         found = [
             _mask_axes(shape, self._others, mask.shape)

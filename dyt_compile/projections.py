@@ -1,0 +1,171 @@
+"""Linear projections behind converted sites, and what they change when they are refitted.
+
+What a projection gets differs once norms before it are converted. Its own weight, moved a little
+towards what the original has there, takes much of that back, at no cost when the model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .channels import Kind, takes_value
+from .constants import is_fixed, is_quantised, readers
+from .dyt import Mix
+from .graphs.base import Graph
+from .graphs.cuts import place
+from .producers import Change, holds_bias
+from .revision import name_of
+from .sites import NormSite
+from .terms import Op, Term, Value
+
+__all__ = ["Projection", "changes_of", "projections"]
+
+Array = npt.NDArray[np.float32]
+
+LARGEST = 1 << 26
+"""Entries of the largest weight that is refitted: 4096 x 16384. Heads over large vocabularies,
+whose sums would take gigabytes, are left."""
+
+VIEWS = (Op.RESHAPE, Op.VIEW, Op.UNSQUEEZE, Op.SQUEEZE)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A product with a weight that nothing else reads.
+
+    name: of the weight; input: what is multiplied, channels last; output: the product, without a
+    bias that is added behind it. residuals: what its output is added to, and known before it;
+    moves: the views and transposes that lead there.
+    """
+
+    name: str
+    term: Term
+    input: Value
+    output: Value
+    moves: tuple[Term, ...]
+    residuals: tuple[Value, ...]
+
+    def target(self, output: Array, differences: Iterable[Array]) -> Array:
+        """What the output has to be for the sums behind it to be those of the original.
+
+        output: the original's; differences: of the residuals, the original's less the converted.
+        """
+        for difference in differences:
+            for move in reversed(self.moves):
+                difference = _back(move, difference)
+            output = output + difference
+        return output
+
+
+def projections(graph: Graph, sites: Collection[NormSite]) -> list[Projection]:
+    """Every projection whose input depends on one of the sites, in execution order."""
+    behind = _behind({site.output for site in sites})
+    inside = _inside(sites)
+    outputs = set(graph.outputs.values())
+    found = []
+    for term in graph.terms:
+        if term.op is Op.MATMUL and term.output in behind and term.output not in inside:
+            value, weight = term.inputs[:2]
+            if isinstance(value, Value) and isinstance(weight, Value) and _is_free(weight, term):
+                moves, residuals = _way_to_residuals(term, outputs)
+                name = name_of(weight)
+                found.append(Projection(name, term, value, term.output, moves, residuals))
+    return found
+
+
+def changes_of(projection: Projection, refit: Mix) -> tuple[Change, ...]:
+    """What a refit changes: the weight and the bias."""
+    term = projection.term
+    matrix = refit.matrix.astype(np.float64)
+    weight = Change(term, 1, Kind.SHIFT, matrix.T if term.attributes["transposed"] else matrix)
+    return weight, Change(*_bias(term), Kind.SHIFT, refit.offset.astype(np.float64))
+
+
+def _is_free(weight: Value, term: Term) -> bool:
+    """Whether a product has a plain weight that nothing else reads, and of a size to solve for."""
+    if term.within or weight.shape is None or len(weight.shape) != 2 or not is_fixed(weight):
+        return False
+    if not (weight.dtype or "").startswith(("float", "bfloat")) or is_quantised(weight):
+        return False
+    inputs, outputs = weight.shape
+    return (inputs or 0) * (outputs or 0) <= LARGEST and readers(weight) <= {term}
+
+
+def _behind(answers: set[Value]) -> set[Value]:
+    """The values that depend on `answers`, those themselves included."""
+    pending, found = list(answers), set(answers)
+    while pending:
+        for term in pending.pop().consumers:
+            if term.output not in found:
+                found.add(term.output)
+                pending.append(term.output)
+    return found
+
+
+def _inside(sites: Iterable[NormSite]) -> set[Value]:
+    """What the sites compute on the way to their outputs."""
+    found: set[Value] = set()
+    for site in sites:
+        pending = [site.output]
+        while pending:
+            value = pending.pop()
+            if value not in found and value is not site.input and value.producer is not None:
+                found.add(value)
+                pending.extend(value.producer.operands)
+    return found
+
+
+def _way_to_residuals(
+    term: Term, outputs: Collection[Value]
+) -> tuple[tuple[Term, ...], tuple[Value, ...]]:
+    """Views up to the sums that a product ends in, and the other operands of those."""
+    moves: list[Term] = []
+    residuals: list[Value] = []
+    value = term.output
+    while value not in outputs and (reader := _only_reader(value)) is not None:
+        if reader.op is Op.ADD:
+            other = reader.inputs[0 if reader.inputs[1] is value else 1]
+            if isinstance(other, Value) and not other.constant:
+                if other is value or place(other) > term.index or other.shape != value.shape:
+                    break
+                residuals.append(other)
+        elif reader.op not in (*VIEWS, Op.TRANSPOSE) or residuals or not _goes_back(reader):
+            break
+        else:
+            moves.append(reader)
+        value = reader.output
+    return (tuple(moves), tuple(residuals)) if residuals else ((), ())
+
+
+def _only_reader(value: Value) -> Term | None:
+    """The one term that takes a value, where there is one."""
+    found = [term for term in value.consumers if takes_value(term)]
+    return found[0] if len(found) == 1 else None
+
+
+def _goes_back(move: Term) -> bool:
+    """Whether the shape before a view is known once that behind it is."""
+    shape = move.operands[0].shape
+    return move.op is Op.TRANSPOSE or (shape is not None and shape.count(None) <= 1)
+
+
+def _back(move: Term, array: Array) -> Array:
+    if move.op is Op.TRANSPOSE:
+        return np.transpose(array, np.argsort(move.attributes["order"]))
+    return array.reshape([-1 if size is None else size for size in move.operands[0].shape or ()])
+
+
+def _bias(term: Term) -> tuple[Term, int]:
+    """Where a product takes up an offset: in its bias, or in that which is added behind it."""
+    add = _only_reader(term.output)
+    if not holds_bias(term) and add is not None and add.op is Op.ADD:
+        place = 0 if add.inputs[1] is term.output else 1
+        operand = add.inputs[place]
+        width = (term.output.shape or (None,))[-1]
+        if isinstance(operand, Value) and operand.shape == (width,) and is_fixed(operand):
+            return add, place
+    return term, 2
