@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .dyt import DytParameters, evaluate
 
-__all__ = ["ROWS", "Fit", "RowSample", "fit_diagonal", "relative_error"]
+__all__ = ["ROWS", "Fit", "RowSample", "fit_diagonal", "inverse", "relative_error"]
 
 Array = npt.NDArray[np.float32]
 Statistics = npt.NDArray[np.float64]
@@ -25,6 +25,9 @@ HELD_OUT = 4
 
 COARSE, LOWEST, HIGHEST = 28, 0.02, 20.0
 """Log-spaced values of alpha times the typical standard deviation of a channel."""
+
+SATURATED = 0.98
+"""Beyond, the inverse of tanh says little: its slope is under 0.04."""
 
 FINE = 11
 """Values of alpha between the neighbours of the best coarse one."""
@@ -89,6 +92,20 @@ def fit_diagonal(x: Array, y: Array) -> Fit | str:
     trial = _regress(x[~held], y[~held], alpha)
     error = relative_error(_parameters(alpha, trial), x[held], y[held])
     return Fit(_parameters(alpha, _regress(x, y, alpha)), error)
+
+
+def inverse(parameters: DytParameters, x: Array, y: Array) -> Array:
+    """What DyT has to read, in place of x, to give y; channels last.
+
+    Where y is beyond what tanh gives well, an x that is far enough stays, and others go to where
+    tanh is `SATURATED`.
+    """
+    gamma, beta = parameters.gamma, parameters.beta
+    wanted = (y - (0.0 if beta is None else beta)) / (1.0 if gamma is None else gamma)
+    bound = np.clip(wanted, -SATURATED, SATURATED)
+    found = np.arctanh(bound) / parameters.alpha
+    far = (bound != wanted) & (np.abs(x) > np.abs(found)) & (np.sign(x) == np.sign(found))
+    return np.asarray(np.where(far, x, found), np.float32)
 
 
 def relative_error(parameters: DytParameters, x: Array, y: Array) -> float:

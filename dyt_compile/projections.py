@@ -39,7 +39,8 @@ class Projection:
 
     name: of the weight; input: what is multiplied, channels last; output: the product, without a
     bias that is added behind it. residuals: what its output is added to, and known before it;
-    moves: the views and transposes that lead there.
+    moves: the views and transposes that lead there. site: a converted one that alone reads the
+    sum; what it puts out is all that the sum is for.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Projection:
     output: Value
     moves: tuple[Term, ...]
     residuals: tuple[Value, ...]
+    site: NormSite | None
 
     def target(self, output: Array, differences: Iterable[Array]) -> Array:
         """What the output has to be for the sums behind it to be those of the original.
@@ -66,14 +68,19 @@ def projections(graph: Graph, sites: Collection[NormSite]) -> list[Projection]:
     behind = _behind({site.output for site in sites})
     inside = _inside(sites)
     outputs = set(graph.outputs.values())
+    by_input = {site.input: site for site in sites}
     found = []
     for term in graph.terms:
         if term.op is Op.MATMUL and term.output in behind and term.output not in inside:
             value, weight = term.inputs[:2]
             if isinstance(value, Value) and isinstance(weight, Value) and _is_free(weight, term):
-                moves, residuals = _way_to_residuals(term, outputs)
-                name = name_of(weight)
-                found.append(Projection(name, term, value, term.output, moves, residuals))
+                moves, residuals, end = _way_to_residuals(term, outputs)
+                site = by_input.get(end)
+                if site is not None and not _is_private(site, inside, outputs):
+                    site = None
+                found.append(
+                    Projection(name_of(weight), term, value, term.output, moves, residuals, site)
+                )
     return found
 
 
@@ -119,10 +126,18 @@ def _inside(sites: Iterable[NormSite]) -> set[Value]:
     return found
 
 
+def _is_private(site: NormSite, inside: Collection[Value], outputs: Collection[Value]) -> bool:
+    """Whether a site of one axis, the last, and of one call alone reads its input."""
+    if site.axes != (-1,) or site.parameter_shape != (site.channels,) or site.tied_to is not None:
+        return False
+    taken = [term.output for term in site.input.consumers if takes_value(term)]
+    return site.input not in outputs and all(value in inside for value in taken)
+
+
 def _way_to_residuals(
     term: Term, outputs: Collection[Value]
-) -> tuple[tuple[Term, ...], tuple[Value, ...]]:
-    """Views up to the sums that a product ends in, and the other operands of those."""
+) -> tuple[tuple[Term, ...], tuple[Value, ...], Value]:
+    """Views up to the sums that a product ends in, the other operands of those, and the last."""
     moves: list[Term] = []
     residuals: list[Value] = []
     value = term.output
@@ -138,7 +153,7 @@ def _way_to_residuals(
         else:
             moves.append(reader)
         value = reader.output
-    return (tuple(moves), tuple(residuals)) if residuals else ((), ())
+    return (tuple(moves), tuple(residuals), value) if residuals else ((), (), term.output)
 
 
 def _only_reader(value: Value) -> Term | None:

@@ -19,6 +19,7 @@ from .fits import HELD_OUT
 __all__ = ["ROWS_PER_CHANNEL", "FullFit", "GramSums", "RefitSums", "fit_full"]
 
 Array = npt.NDArray[np.float32]
+Sums = npt.NDArray[np.float64]
 Rows = Iterable[tuple[Array, Array]]
 
 ALPHAS, LOWEST, HIGHEST = 9, 0.05, 6.0
@@ -54,12 +55,16 @@ class GramSums:
     rounding of float64.
     """
 
-    def __init__(self, centre_t: Array, centre_y: Array) -> None:
+    def __init__(
+        self, centre_t: Array | Sums, centre_y: Array | Sums, like: GramSums | None = None
+    ) -> None:
+        """like: complete sums of the same rows of t, whose squares are taken over."""
         self._centres = centre_t.astype(np.float64), centre_y.astype(np.float64)
         channels, outputs = len(centre_t), len(centre_y)
         self._rows = 0
         self._sums = np.zeros(channels), np.zeros(outputs)
-        self._squares = np.zeros((channels, channels))
+        self._shared = like is not None
+        self._squares: Sums = np.zeros((channels, channels)) if like is None else like._squares
         self._products = np.zeros((channels, outputs))
         self._length = 0.0
 
@@ -69,7 +74,8 @@ class GramSums:
         self._rows += len(t)
         self._sums[0][:] += centred_t.sum(axis=0)
         self._sums[1][:] += centred_y.sum(axis=0)
-        self._squares += centred_t.T @ centred_t
+        if not self._shared:
+            self._squares += centred_t.T @ centred_t
         self._products += centred_t.T @ centred_y
         self._length += float(np.einsum("ro,ro->", centred_y, centred_y))
 
@@ -79,14 +85,17 @@ class GramSums:
         centre = self._centres[1]
         return float(self._length + 2 * centre @ self._sums[1] + self._rows * centre @ centre)
 
-    def include(self, other: GramSums) -> None:
-        """Count in the rows of sums about the same centres."""
-        self._rows += other._rows
-        self._sums[0][:] += other._sums[0]
-        self._sums[1][:] += other._sums[1]
-        self._squares += other._squares
-        self._products += other._products
-        self._length += other._length
+    def __add__(self, other: GramSums) -> GramSums:
+        """The sums over the rows of both, which have the same centres."""
+        both = GramSums(*self._centres)
+        for part in (self, other):
+            both._rows += part._rows
+            both._sums[0][:] += part._sums[0]
+            both._sums[1][:] += part._sums[1]
+            both._squares += part._squares
+            both._products += part._products
+            both._length += part._length
+        return both
 
     def squared_error(self, mix: Mix) -> float:
         """Sum over all rows of (t matrix + offset - y)^2."""
@@ -131,7 +140,9 @@ def fit_full(x: Array, y: Array, stream: Callable[[], Rows]) -> FullFit:
 class RefitSums:
     """The sums from which a projection is refitted, those of every fourth row apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, like: RefitSums | None = None) -> None:
+        """like: sums of the same rows of x, added in the same parts; their products are shared."""
+        self._like = like
         self._parts: tuple[GramSums, GramSums] | None = None
         self._rows = 0
         self._wanted = 0.0
@@ -140,7 +151,8 @@ class RefitSums:
         """Count rows in. x: input; y: output wanted; missing: that, less the output of now."""
         if self._parts is None:
             centres = x.mean(axis=0), missing.mean(axis=0)
-            self._parts = GramSums(*centres), GramSums(*centres)
+            likes = (None, None) if self._like is None else self._like._parts or (None, None)
+            self._parts = GramSums(*centres, likes[0]), GramSums(*centres, likes[1])
         held = (self._rows + np.arange(len(x))) % HELD_OUT == 0
         self._rows += len(x)
         self._wanted += float(np.square(y[held], dtype=np.float64).sum())
@@ -157,11 +169,8 @@ class RefitSums:
         ridge = min(errors, key=errors.__getitem__)
         if not errors[ridge] < before:
             return None
-        fitted.include(held)
-        after = max(errors[ridge], 0.0)
-        return Refit(
-            fitted.solve(ridge), (before / self._wanted) ** 0.5, (after / self._wanted) ** 0.5
-        )
+        relative = [(max(error, 0.0) / self._wanted) ** 0.5 for error in (before, errors[ridge])]
+        return Refit((fitted + held).solve(ridge), *relative)
 
 
 def _alphas(x: Array) -> list[float]:
