@@ -14,13 +14,13 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from .dyt import PARAMETERS, DytParameters, Mix
+from .dyt import PARAMETERS, DytParameters, Mix, Refit
 from .errors import CalibrationError
 from .files import replaced
 from .scatter import Scatter
 from .sites import NormKind
 
-__all__ = ["Calibration", "Refit", "SiteFit", "SiteSketch", "digest", "near", "sketch"]
+__all__ = ["Calibration", "SiteFit", "SiteSketch", "digest", "near", "sketch"]
 
 VERSION = 3
 READABLE = (1, 2, VERSION)
@@ -104,19 +104,6 @@ class SiteFit:
         """Everything fitted, by name."""
         held = {} if self.parameters is None else self.parameters.named()
         return held if self.mix is None else held | vars(self.mix)
-
-
-@dataclass(frozen=True, eq=False)
-class Refit:
-    """What a linear projection gains: x W + b becomes x W + b + mix(x).
-
-    mix: matrix float32 [in, out], offset float32 [out]. before, after: the error on held-out rows
-    without it and with it, relative to the output wanted.
-    """
-
-    mix: Mix
-    before: float
-    after: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .calibration import Refit
-from .dyt import DytParameters, Mix
+from .dyt import DytParameters, Mix, Refit
 from .fits import HELD_OUT
 
 __all__ = ["ROWS_PER_CHANNEL", "FullFit", "GramSums", "RefitSums", "fit_full"]

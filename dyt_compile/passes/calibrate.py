@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration import Calibration, Refit, SiteFit, SiteSketch, digest, sketch
+from ..calibration import Calibration, SiteFit, SiteSketch, digest, sketch
 from ..data import Part, attention_mask
-from ..dyt import DytParameters, Mix, evaluate
+from ..dyt import DytParameters, Mix, Refit, evaluate
 from ..fits import ROWS, Fit, RowSample, fit_diagonal, inverse, relative_error
 from ..graphs.base import Graph
 from ..graphs.cuts import Point, Stage, place, stages

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from ..calibration import Calibration, Refit
-from ..dyt import DytParameters
+from ..calibration import Calibration
+from ..dyt import DytParameters, Refit
 from ..errors import RewriteError
 from ..graphs.base import Graph
 from ..mixing import changes_for
