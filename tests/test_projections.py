@@ -147,11 +147,12 @@ def test_an_onnx_file_gets_the_refits_of_the_torch_model(onnx_file: Path) -> Non
     theirs = dyt_compile.convert(onnx_file, [(x.numpy(),) for (x,) in batches], mode="all")
     assert ours.calibration is not None
     assert theirs.calibration is not None
-    # The exporter transposes weights and names them anew; their order stays.
+    # The exporter transposes weights and names them anew; their order stays. Its products have no
+    # bias, so what their errors are relative to is a little different.
     errors = [[(r.before, r.after) for r in c.refits.values()]
               for c in (ours.calibration, theirs.calibration)]  # fmt: skip
     assert errors[0]
-    np.testing.assert_allclose(errors[0], errors[1], rtol=1e-2)
+    np.testing.assert_allclose(errors[0], errors[1], rtol=5e-2)
     assert theirs.report.error == pytest.approx(ours.report.error, rel=1e-2)
     # Each changed bias stays the one constant that it was: no node is added.
     assert len(theirs.model.graph) == len(theirs.original.model.graph)
