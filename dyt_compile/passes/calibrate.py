@@ -231,7 +231,7 @@ class _Walk:
 
     def rows(self, site: NormSite) -> Iterator[tuple[Array, Array]]:
         """Rows of the site's input in the converted and of its output in the original model."""
-        layout = self._layout(site, _channels(site))
+        layout = self._layout(site.input, _channels(site))
         for original, converted, mask in zip(
             self._original, self._converted, self._masks, strict=True
         ):
@@ -276,13 +276,24 @@ class _Walk:
 
         like: sums of the same projection towards other targets.
         """
-        layout = self._layout(projection, (-1,))
         sums = RefitSums(like)
-        for converted, target, mask in zip(self._converted, targets, self._masks, strict=True):
+        rows = self._rows_of(projection)
+        for converted, target, counted in zip(self._converted, targets, rows, strict=True):
             x, now = self._arrays(converted, projection.input, projection.output)
-            counted = layout.counted(mask, x.shape)
-            sums.add(*(layout.rows(a)[counted] for a in (x, target, target - now)))
+            parts = (x, target, target - now)
+            sums.add(*(part.reshape(-1, part.shape[-1])[counted] for part in parts))
         return sums
+
+    def _rows_of(self, projection: Projection) -> Iterator[npt.NDArray[np.bool_] | slice]:
+        """The rows of a projection's output that count, by batch; masks are of what lies behind."""
+        layout = self._layout(projection.beside, (-1,))
+        for converted, mask in zip(self._converted, self._masks, strict=True):
+            shape = converted[projection.beside].shape
+            counted = layout.counted(mask, shape)
+            if isinstance(counted, np.ndarray):
+                marks = np.broadcast_to(counted.reshape(*shape[:-1], 1), shape)
+                counted = projection.back(marks).reshape(-1, shape[-1])[:, 0]
+            yield counted
 
     def _restored(self, projection: Projection) -> Iterator[Array]:
         """What a projection has to put out for the sums behind it to be the original's."""
@@ -318,7 +329,7 @@ class _Walk:
     ) -> Fit | str:
         """The diagonal fit of the site behind a projection, once that is refitted."""
         sample = RowSample(seed)
-        layout = self._layout(projection, (-1,))
+        layout = self._layout(projection.beside, (-1,))
         for (_, x, y), mask in zip(self._behind(projection, site, refit), self._masks, strict=True):
             counted = layout.counted(mask, x.shape)
             sample.add(layout.rows(x)[counted], layout.rows(y)[counted])
@@ -364,8 +375,8 @@ class _Walk:
     def _float32(self, native: Any) -> Array:
         return self._graph.to_array(native).astype(np.float32, copy=False)
 
-    def _layout(self, point: Point, channels: Sequence[int]) -> _Layout:
-        shapes = [values[point.input].shape for values in self._converted]
+    def _layout(self, value: Value, channels: Sequence[int]) -> _Layout:
+        shapes = [values[value].shape for values in self._converted]
         return _Layout(channels, shapes, self._masks)
 
     def _release(self, following: Stage) -> None:
