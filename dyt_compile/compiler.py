@@ -131,8 +131,10 @@ def convert(
     fit "diagonal" gives every site a gamma and a beta of one value a channel; "full" a matrix over
     its channels where the weights of all its readers can take that up (linear layers, 1 x 1
     convolutions), so that it costs nothing when the model runs; "auto" chooses by the error on
-    held-out rows. The report says which, and why not the other. fold: exact algebra afterwards, as
-    in `fold`.
+    held-out rows. The report says which, and why not the other. "auto" also refits linear layers
+    of post-norm models, where the residual reads a norm too: those that read such a norm, and
+    those whose output is summed for a norm alone, each to put out what the original has there. A
+    layer without a bias gets one. fold: exact algebra afterwards, as in `fold`.
 
     The model itself stays as it is. The result's `model` has parameters of its own where a norm
     was replaced, and shares all other weights with the original: to change one and keep the other

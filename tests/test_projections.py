@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import dyt_compile
@@ -20,6 +22,7 @@ from dyt_compile.fits import inverse
 from dyt_compile.passes.capture import capture
 from dyt_compile.passes.match import match
 from dyt_compile.projections import Projection, changes_of, projections
+from dyt_compile.report.terminal import report_table
 from dyt_compile.ridge import GramSums, RefitSums
 
 Array = npt.NDArray[np.float32]
@@ -324,6 +327,17 @@ def test_refits_survive_a_file(tmp_path: Path) -> None:
         np.testing.assert_array_equal(refit.mix.matrix, saved.mix.matrix)
         np.testing.assert_array_equal(refit.mix.offset, saved.mix.offset)
         assert (refit.before, refit.after) == (saved.before, saved.after)
+
+
+def test_a_report_names_what_was_refitted() -> None:
+    result = dyt_compile.convert(Net(post=True).eval(), _batches(), mode="all")
+    assert result.calibration is not None
+    told = {refit.name: (refit.before, refit.after) for refit in result.report.refits}
+    kept = {name: (r.before, r.after) for name, r in result.calibration.refits.items()}
+    assert told == kept
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(report_table(result.report))
+    assert "blocks.{1..2}.second.weight ×2" in console.export_text()
 
 
 def test_torch_compile_refuses_refits() -> None:

@@ -12,7 +12,7 @@ from ..graphs.base import Graph
 from ..metrics import Measurement
 from ..passes.plan import Plan
 from ..sites import Match, NormSite
-from .records import Report, SiteReport, environment
+from .records import RefitReport, Report, SiteReport, environment
 
 __all__ = ["assemble"]
 
@@ -43,8 +43,18 @@ def assemble(
         sites=tuple(_site_report(graph, site, planned, isolated) for site in found.sites),
         refusals=tuple(refusal.to_dict() for refusal in found.refusals),
         attempts=() if planned is None else planned.attempts,
+        refits=_refits(planned),
         seconds=seconds,
         environment=environment(),
+    )
+
+
+def _refits(planned: Plan | None) -> tuple[RefitReport, ...]:
+    if planned is None or planned.chosen is None:
+        return ()
+    return tuple(
+        RefitReport(name, refit.before, refit.after)
+        for name, refit in planned.chosen.calibration.refits.items()
     )
 
 

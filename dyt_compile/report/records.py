@@ -14,7 +14,7 @@ from typing import Any
 from ..files import replaced
 from ..scatter import Scatter
 
-__all__ = ["Recovery", "Report", "SiteReport", "environment"]
+__all__ = ["Recovery", "RefitReport", "Report", "SiteReport", "environment"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,18 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class RefitReport:
+    """A linear layer whose weight moved, to make up for the converted sites before it.
+
+    before, after: error of its output on held-out rows, relative to the output wanted.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Recovery:
     """The training that followed a conversion.
 
@@ -67,6 +79,7 @@ class Report:
     samples that took part in neither fit nor plan (None in mode "exact"). What an exported file
     differs by from the converted model is no part of it: the exporter says that.
     attempts: (sites converted, error on the plan samples) of every set that was tried.
+    refits: linear layers whose weights the conversion moved, by the name of the weight.
     recovery: None where `recover` took no part.
     """
 
@@ -84,6 +97,7 @@ class Report:
     seconds: Mapping[str, float]
     environment: Mapping[str, str]
     recovery: Recovery | None = None
+    refits: tuple[RefitReport, ...] = ()
 
     @property
     def converted(self) -> int:
