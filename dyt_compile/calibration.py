@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from .dyt import PARAMETERS, DytParameters, Mix
+from .dyt import PARAMETERS, DytParameters, Mix, Refit
 from .errors import CalibrationError
 from .files import replaced
 from .fits import RowSample
@@ -26,8 +26,11 @@ __all__ = ["Calibration", "SiteFit", "SiteSketch", "digest", "near", "sketch"]
 
 VERSION = 3
 READABLE = (1, 2, VERSION)
-"""Version 1 had no mixes; who reads it alone must not take a bare DyT for the whole of a fit.
-Version 2 had no sums."""
+"""Version 1 had no mixes, version 2 no refits and no sums; who reads those alone must not take a
+part of a fit for the whole."""
+
+REFIT = "refit:"
+"""Before the names of weights, so that they are never those of sites."""
 
 SKETCH_TOLERANCE = 0.02
 """Relative; bfloat16 keeps 8 bits, so its means and roots differ by less than 1 %."""
@@ -76,17 +79,22 @@ class SiteSketch:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Fits by site name, and the sketch of the model that they belong to."""
+    """Fits by site name, and the sketch of the model that they belong to.
+
+    converted: the sites that were converted while the others were fitted. refits: of projections
+    behind those, by the name of their weight; they are of no use where other sites are converted.
+    """
 
     fits: Mapping[str, SiteFit]
     fingerprint: tuple[SiteSketch, ...]
     converted: frozenset[str] = field(default_factory=frozenset)
+    refits: Mapping[str, Refit] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: arrays "site/alpha", and JSON in its metadata.
 
-        A full fit takes 4 C (C + 1) bytes for the C channels of its site, sums what `SiteSums`
-        tells.
+        A full fit takes 4 C (C + 1) bytes for the C channels of its site, a refit as many as its
+        weight and bias in float32, sums what `SiteSums` tells.
         """
         from safetensors.numpy import save_file
 
@@ -95,11 +103,14 @@ class Calibration:
             for name, fit in self.fits.items()
             for part, array in _arrays(fit).items()
         }
+        for name, moved in self.refits.items():
+            arrays |= {f"{REFIT}{name}/{part}": array for part, array in vars(moved.mix).items()}
         about = {
             "version": VERSION,
             "converted": sorted(self.converted),
             "fingerprint": [vars(site) for site in self.fingerprint],
             "fits": {name: _figures(fit) for name, fit in self.fits.items()},
+            "refits": {n: [r.before, r.after, r.place] for n, r in self.refits.items()},
         }
         with replaced(Path(path)) as temporary:
             save_file(arrays, temporary, metadata={"dyt_compile": json.dumps(about)})
@@ -123,6 +134,12 @@ class Calibration:
                 ),
                 fingerprint=tuple(_sketch(site) for site in about["fingerprint"]),
                 converted=frozenset(about["converted"]),
+                refits=MappingProxyType(
+                    {
+                        name: Refit(_mix(f"{REFIT}{name}", arrays), *figures)
+                        for name, figures in about.get("refits", {}).items()
+                    }
+                ),
             )
         except CalibrationError:
             raise
@@ -221,8 +238,7 @@ def _fit(name: str, figures: dict[str, Any], arrays: Mapping[str, Any]) -> SiteF
     if squash is None:
         return SiteFit(None, **figures)
     values = {p: arrays[f"{name}/{p}"] for p in PARAMETERS if f"{name}/{p}" in arrays}
-    full = f"{name}/matrix" in arrays
-    mix = Mix(arrays[f"{name}/matrix"], arrays[f"{name}/offset"]) if full else None
+    mix = _mix(name, arrays) if f"{name}/matrix" in arrays else None
     return SiteFit(DytParameters(squash=squash, **values), mix=mix, **figures)
 
 
@@ -272,6 +288,10 @@ def _merged(
         if name in calibration.converted and fit.parameters is not None:
             prefix = extended(prefix, place, fit)
     return fits
+
+
+def _mix(name: str, arrays: Mapping[str, Any]) -> Mix:
+    return Mix(arrays[f"{name}/matrix"], arrays[f"{name}/offset"])
 
 
 def _sketch(data: dict[str, Any]) -> SiteSketch:

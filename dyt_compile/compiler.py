@@ -16,6 +16,7 @@ from typing import Any
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
 from .data import split, whole
+from .dyt import Refit
 from .errors import CalibrationError, DataError, OptionError
 from .graphs.base import Batch, Graph
 from .metrics import Measurement, Metric, check_metric, named
@@ -29,11 +30,12 @@ from .passes.match import match
 from .passes.plan import Attempt, Plan
 from .passes.rewrite import rewrite
 from .passes.verify import Reference, chosen_output
+from .projections import projections
 from .report import Report
 from .report.assembly import assemble
 from .report.records import FrontierPoint
 from .shelf import Shelf
-from .sites import Match
+from .sites import Match, NormSite
 from .survey import hardships, warning
 from .trials import Trials
 
@@ -144,9 +146,12 @@ def convert(
     fit "diagonal" gives every site a gamma and a beta of one value a channel; "full" a matrix over
     its channels where the weights of all its readers can take that up (linear layers, 1 x 1
     convolutions), so that it costs nothing when the model runs; "auto" chooses by the error on
-    held-out rows. The report says which, and why not the other. fold: exact algebra afterwards, as
-    in `fold`. frontier: measure the error against the number of converted sites, too, for the
-    report: at most 16 more calibrations.
+    held-out rows. The report says which, and why not the other. "auto" also refits linear layers
+    of post-norm models, where the residual reads a norm too: those that read such a norm, and
+    those whose output is summed for a norm alone, each to put out what the original has there. A
+    layer without a bias gets one. fold: exact algebra afterwards, as in `fold`. frontier: measure
+    the error against the number of converted sites, too, for the report: at most 16 more
+    calibrations.
 
     Before anything is fitted, a warning of the logger "dyt_compile" names the sites that are known
     to be hard; the report's sites have the reasons as `hard`.
@@ -292,7 +297,30 @@ def _of_model(
         reason = None if fits[name].mix is None else obstacle(lossy[name], graph.outputs)
         if reason is not None:
             raise CalibrationError(f"site {name!r} cannot take up its full fit: {reason}")
-    return replace(held, fits=fits, converted=frozenset(converted))
+    refits = _moved(held, graph, [lossy[name] for name in lossy if name in converted])
+    return replace(held, fits=fits, converted=frozenset(converted), refits=refits)
+
+
+def _moved(held: Calibration, graph: Graph, converted: Sequence[NormSite]) -> dict[str, Refit]:
+    """The refits of a calibration by the model's own names of its weights."""
+    if not held.refits:
+        return {}
+    if len(converted) != len(held.converted):
+        raise CalibrationError(
+            "exclude leaves sites out that the calibration's refits of linear layers rest on; "
+            "calibrate anew with that exclude"
+        )
+    behind = projections(graph, converted)
+    found = {behind[r.place]: r for r in held.refits.values() if r.place < len(behind)}
+    for projection, refit in found.items():
+        wanted, held_shape = projection.shape, refit.mix.matrix.shape
+        if wanted != held_shape:
+            raise CalibrationError(
+                f"the refit of {projection.name!r} is of shape {held_shape}, not {wanted}"
+            )
+    if len(found) != len(held.refits):
+        raise CalibrationError("the calibration refits linear layers that the model does not have")
+    return {projection.name: refit for projection, refit in found.items()}
 
 
 def _applied(

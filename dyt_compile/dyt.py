@@ -25,6 +25,7 @@ __all__ = [
     "DytParameters",
     "Form",
     "Mix",
+    "Refit",
     "evaluate",
     "fused_name",
     "initial_alpha",
@@ -133,19 +134,34 @@ class DytParameters:
 
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """What the readers of a bare DyT take up in their weights: y = tanh(alpha x) matrix + offset.
+    """An affine map over channels, y = x matrix + offset, that weights take up.
 
-    matrix: float32 [channels, channels], from those of tanh to those of y; offset: float32
-    [channels]. They are 4 C (C + 1) bytes for C channels.
+    Behind a bare DyT its readers do: x is tanh(alpha ...). matrix: float32 [channels of x, channels
+    of y]; offset: float32 [channels of y]. They are 4 C (C + 1) bytes for C channels of both.
     """
 
     matrix: Array
     offset: Array
 
-    def __call__(self, squashed: Array, axis: int = -1) -> Array:
-        """y of tanh(alpha x), whose channels lie along `axis`."""
-        mixed = np.moveaxis(squashed, axis, -1) @ self.matrix + self.offset
+    def __call__(self, x: Array, axis: int = -1) -> Array:
+        """y of x, whose channels lie along `axis`."""
+        mixed = np.moveaxis(x, axis, -1) @ self.matrix + self.offset
         return np.moveaxis(mixed, -1, axis)
+
+
+@dataclass(frozen=True, eq=False)
+class Refit:
+    """What a linear projection gains: x W + b becomes x W + b + mix(x).
+
+    mix: matrix float32 [in, out], offset float32 [out]. before, after: the error on held-out rows
+    without it and with it, relative to the output wanted. place: among the projections that could
+    be refitted; files of one model in different forms name its weights differently.
+    """
+
+    mix: Mix
+    before: float
+    after: float
+    place: int = 0
 
 
 def evaluate(parameters: DytParameters, x: Array) -> Array:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from .dyt import DytParameters, evaluate
 
 __all__ = [
-    "NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "fit_diagonal", "relative_error", "typical",
+    "NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "fit_diagonal", "inverse", "relative_error",
+    "typical",
 ]  # fmt: skip
 
 Array = npt.NDArray[np.float32]
@@ -33,6 +34,8 @@ COARSE, LOWEST, HIGHEST = 28, 0.02, 20.0
 
 NOT_FINITE = "its activations hold NaN or infinity"
 """Why a site has no fit."""
+SATURATED = 0.98
+"""Beyond, the inverse of tanh says little: its slope is under 0.04."""
 
 FINE = 11
 """Values of alpha between the neighbours of the best coarse one."""
@@ -154,6 +157,20 @@ def typical(x: Array) -> float | None:
     low, high = np.percentile(x[:SEARCH_ROWS, varying], (25, 75), axis=0)
     middle = float(np.median(high - low)) / 1.349  # of a normal distribution
     return middle if middle > 0 else float(np.median(deviations[varying]))
+
+
+def inverse(parameters: DytParameters, x: Array, y: Array) -> Array:
+    """What DyT has to read, in place of x, to give y; channels last.
+
+    Where y is beyond what tanh gives well, an x that is far enough stays, and others go to where
+    tanh is `SATURATED`.
+    """
+    gamma, beta = parameters.gamma, parameters.beta
+    wanted = (y - (0.0 if beta is None else beta)) / (1.0 if gamma is None else gamma)
+    bound = np.clip(wanted, -SATURATED, SATURATED)
+    found = np.arctanh(bound) / parameters.alpha
+    far = (bound != wanted) & (np.abs(x) > np.abs(found)) & (np.sign(x) == np.sign(found))
+    return np.asarray(np.where(far, x, found), np.float32)
 
 
 def relative_error(parameters: DytParameters, x: Array, y: Array) -> float:

@@ -66,25 +66,39 @@ class GramSums:
     rounding of float64.
     """
 
-    def __init__(self, alpha: float, centre_t: npt.ArrayLike, centre_y: npt.ArrayLike) -> None:
+    def __init__(
+        self,
+        alpha: float,
+        centre_t: npt.ArrayLike,
+        centre_y: npt.ArrayLike,
+        *,
+        squares: Floats | None = None,
+    ) -> None:
+        """squares: those of other sums, of the same rows of x about the same centre."""
         self.alpha = alpha
         self.rows = 0
         self._centres = tuple(np.array(c, np.float64) for c in (centre_t, centre_y))
         channels, outputs = map(len, self._centres)
         self._totals = np.zeros(channels), np.zeros(outputs)
-        self._squares = np.zeros((channels, channels))
+        self._known = squares is not None
+        self._squares = np.zeros((channels, channels)) if squares is None else squares
         self._products = np.zeros((channels, outputs))
 
     def add(self, x: Array, y: Array) -> None:
         """Count rows in."""
         for start in range(0, len(x), CHUNK):
-            t = _squashed(x[start : start + CHUNK], self.alpha) - self._centres[0]
+            t = self.values(x[start : start + CHUNK]) - self._centres[0]
             centred = y[start : start + CHUNK] - self._centres[1]
             self.rows += len(t)
             self._totals[0][:] += t.sum(axis=0)
             self._totals[1][:] += centred.sum(axis=0)
-            self._squares += t.T @ t
+            if not self._known:
+                self._squares += t.T @ t
             self._products += t.T @ centred
+
+    def values(self, x: Array) -> Array:
+        """What stands for x in the products."""
+        return _squashed(x, self.alpha)
 
     @property
     def finite(self) -> bool:

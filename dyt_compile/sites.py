@@ -64,6 +64,11 @@ class NormSite:
     unfolded: str = ""
 
     @property
+    def residuals(self) -> tuple[Value, ...]:
+        """What is added behind the site: nothing, to a walk over the graph."""
+        return ()
+
+    @property
     def parameter_shape(self) -> tuple[int, ...]:
         """The shape of a gamma for this site: that of its own, else one value a channel."""
         own = next((v.shape for v in (self.gamma, self.beta) if v is not None and v.shape), None)

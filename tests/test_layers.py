@@ -36,7 +36,8 @@ LAYERS = (
     # a model as a graph, and what runs it
     ("graphs", "runtime"),
     # the user's samples as native values of a graph
-    ("data", "shelf", "revision"),
+    ("data", "shelf", "revision", "projections"),
+    ("walk", "refits"),
     ("passes",),
     ("exporters", "backends"),
     ("report", "trials"),

@@ -211,8 +211,14 @@ class Known:
 
 def _check_diagonal(calibration: Calibration | None) -> None:
     """Raise CalibrationError for fits that live in weights: a frame's weights are its model's."""
-    fits = {} if calibration is None else calibration.fits
-    for name, fit in fits.items():
+    if calibration is None:
+        return
+    for name in calibration.refits:
+        raise CalibrationError(
+            f"{name!r} is refitted, which changes a weight; torch.compile takes diagonal fits "
+            "alone: calibrate with fit='diagonal'"
+        )
+    for name, fit in calibration.fits.items():
         if fit.mix is not None:
             raise CalibrationError(
                 f"site {name!r} has a full fit, which goes into the weights of its readers; "

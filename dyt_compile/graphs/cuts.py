@@ -1,4 +1,4 @@
-"""Cuts of a graph at its sites, so that it can run from one site to the next."""
+"""Cuts of a graph at its sites and projections, so that it can run from one point to the next."""
 
 from __future__ import annotations
 
@@ -6,20 +6,39 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
+from typing import Protocol
 
-from ..sites import NormSite
 from ..terms import Value
 from .base import Graph
 
-__all__ = ["Stage", "stages"]
+__all__ = ["Point", "Stage", "place", "stages"]
+
+
+class Point(Protocol):
+    """Where a walk stops: a site, or another part of the graph with one input and one output."""
+
+    @property
+    def input(self) -> Value:
+        """What the point reads."""
+        ...
+
+    @property
+    def output(self) -> Value:
+        """What the point answers."""
+        ...
+
+    @property
+    def residuals(self) -> tuple[Value, ...]:
+        """What a walk has to know there, besides."""
+        ...
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The part of a graph between two sites.
+    """The part of a graph between two points.
 
-    start: the values that live when it begins; made: what it adds for the site behind it, for
-    later stages and for the graph's outputs. read: what that site reads besides its input, such
+    start: the values that live when it begins; made: what it adds for the point behind it, for
+    later stages and for the graph's outputs. read: what that point reads besides its input, such
     as the length of another input's axis.
     """
 
@@ -28,29 +47,32 @@ class Stage:
     read: tuple[Value, ...] = ()
 
 
-def stages(graph: Graph, sites: Sequence[NormSite]) -> tuple[Stage, ...]:
-    """One stage before each site, and one after the last; `sites` in execution order.
+def stages(graph: Graph, points: Sequence[Point]) -> tuple[Stage, ...]:
+    """One stage before each point, and one after the last; `points` in execution order.
 
-    Stage k makes the input of site k, and stage k + 1 starts with that site's output.
+    Stage k makes the input of point k, and stage k + 1 starts with that point's output.
     """
-    # Clock: stage k runs at 2k, site k reads and answers at 2k + 1, the graph's inputs come at -1.
-    reads = [_read_inside(site) for site in sites]
-    needed = _needed(graph, sites, chain.from_iterable(reads))
-    ends = [_place(site.output) for site in sites]
-    born = {v: -1 if v.producer is None else 2 * bisect_left(ends, _place(v)) for v in needed}
-    born |= {site.output: 2 * number + 1 for number, site in enumerate(sites)}
+    # Clock: stage k runs at 2k, point k reads and answers at 2k + 1, the graph's inputs come at -1.
+    reads = [_read_inside(point) for point in points]
+    known = [
+        (point.input, *point.residuals, *read) for point, read in zip(points, reads, strict=True)
+    ]
+    answers = {point.output for point in points}
+    needed = _needed(graph, answers, chain.from_iterable(known))
+    ends = [place(point.output) for point in points]
+    born = {v: -1 if v.producer is None else 2 * bisect_left(ends, place(v)) for v in needed}
+    born |= {point.output: 2 * number + 1 for number, point in enumerate(points)}
     last = dict(born)
-    answers = {site.output for site in sites}
     for value in needed - answers:
         for operand in _read_for(value):
             if operand in last:
                 last[operand] = max(last[operand], born[value])
-    for number, site in enumerate(sites):
-        for value in (site.input, *reads[number]):
+    for number, values in enumerate(known):
+        for value in values:
             last[value] = max(last[value], 2 * number + 1)
     for value in graph.outputs.values():
         if value in last:
-            last[value] = 2 * len(sites) + 1
+            last[value] = 2 * len(points) + 1
     return tuple(
         Stage(
             tuple(v for v in last if born[v] < clock <= last[v]),
@@ -61,9 +83,9 @@ def stages(graph: Graph, sites: Sequence[NormSite]) -> tuple[Stage, ...]:
     )
 
 
-def _read_inside(site: NormSite) -> tuple[Value, ...]:
-    """What the nodes between a site's input and its output read besides the input."""
-    pending, inside, read = [site.output], {site.input}, dict[Value, None]()
+def _read_inside(point: Point) -> tuple[Value, ...]:
+    """What the nodes between a point's input and its output read besides the input."""
+    pending, inside, read = [point.output], {point.input}, dict[Value, None]()
     while pending:
         value = pending.pop()
         if value in inside or value.constant:
@@ -75,10 +97,9 @@ def _read_inside(site: NormSite) -> tuple[Value, ...]:
     return tuple(value for value in read if value not in inside)
 
 
-def _needed(graph: Graph, sites: Sequence[NormSite], reads: Iterable[Value]) -> set[Value]:
-    """Values that sites and outputs depend on, the insides of the sites left out."""
-    answers = {site.output for site in sites}
-    pending = [*(site.input for site in sites), *reads, *graph.outputs.values(), *answers]
+def _needed(graph: Graph, answers: set[Value], known: Iterable[Value]) -> set[Value]:
+    """Values that points and outputs depend on, the insides of the points left out."""
+    pending = [*known, *graph.outputs.values(), *answers]
     needed: set[Value] = set()
     while pending:
         value = pending.pop()
@@ -96,5 +117,6 @@ def _read_for(value: Value) -> tuple[Value, ...]:
     return () if term is None else (*term.operands, *term.also)
 
 
-def _place(value: Value) -> float:
+def place(value: Value) -> float:
+    """Where a value is made in execution order; inputs come before everything."""
     return -1 if value.producer is None else value.producer.index

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
 from ..calibration import Calibration
-from ..dyt import DytParameters
+from ..dyt import DytParameters, Refit
 from ..errors import RewriteError
 from ..graphs.base import Graph
 from ..mixing import changes_for
+from ..projections import Projection, changes_of, projections
 from ..revision import Revision
 from ..sites import Match, NormKind, NormSite
 from ..terms import Op, Value
@@ -24,11 +25,14 @@ def rewrite(
     """The graph with `convert` replaced by their fits, and DyT that it already holds as one node.
 
     The matrix of a full fit goes into the weights of the site's readers, exactly (in float64,
-    rounded once); weights that something else reads, too, stay as they are for that.
+    rounded once); weights that something else reads, too, stay as they are for that. Refits of
+    projections are applied where the converted sites are those that they were made with.
 
     Raises RewriteError where a site to convert has no fit, or a DyT's weights are not loaded.
     """
     replacements, weights = [], Revision(graph)
+    for projection, refit in _refits(graph, match, calibration, convert):
+        weights.add(changes_of(projection, refit.mix))
     for site in match.sites:
         if site.kind.lossless:
             if not _is_one_node(site):
@@ -42,6 +46,18 @@ def rewrite(
             if fit.mix is not None:
                 weights.add(changes_for(site, fit.mix, graph.outputs, weights))
     return graph.replace(replacements, weights.edits())
+
+
+def _refits(
+    graph: Graph, match: Match, calibration: Calibration | None, convert: Collection[str]
+) -> Iterator[tuple[Projection, Refit]]:
+    """The projections to refit; they come before the mixes, which act on what a site puts out."""
+    if calibration is None or not calibration.refits or set(convert) != calibration.converted:
+        return
+    for projection in projections(graph, [site for site in match.sites if site.name in convert]):
+        refit = calibration.refits.get(projection.name)
+        if refit is not None:
+            yield projection, refit
 
 
 def _is_one_node(site: NormSite) -> bool:

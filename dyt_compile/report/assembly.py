@@ -14,7 +14,7 @@ from ..graphs.base import Graph
 from ..metrics import Measurement
 from ..passes.plan import Plan
 from ..sites import Match, NormSite
-from .records import FrontierPoint, Report, SiteReport, environment
+from .records import FrontierPoint, RefitReport, Report, SiteReport, environment
 
 __all__ = ["assemble"]
 
@@ -53,9 +53,19 @@ def assemble(
         ),
         refusals=tuple(refusal.to_dict() for refusal in found.refusals),
         attempts=() if planned is None else planned.attempts,
+        refits=_refits(planned),
         seconds=seconds,
         environment=environment(),
         frontier=frontier,
+    )
+
+
+def _refits(planned: Plan | None) -> tuple[RefitReport, ...]:
+    if planned is None or planned.chosen is None:
+        return ()
+    return tuple(
+        RefitReport(name, refit.before, refit.after)
+        for name, refit in planned.chosen.calibration.refits.items()
     )
 
 

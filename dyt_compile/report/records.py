@@ -15,7 +15,7 @@ from typing import Any
 from ..files import replaced
 from ..scatter import Scatter
 
-__all__ = ["FrontierPoint", "Recovery", "Report", "SiteReport", "environment"]
+__all__ = ["FrontierPoint", "Recovery", "RefitReport", "Report", "SiteReport", "environment"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,18 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
+class RefitReport:
+    """A linear layer whose weight moved, to make up for the converted sites before it.
+
+    before, after: error of its output on held-out rows, relative to the output wanted.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Recovery:
     """The training that followed a conversion.
 
@@ -109,6 +121,8 @@ class Report:
     metric: "relative", "cosine", "kl", "top1", or the name of the user's own function, whose error
     is what the original scores more than the converted model.
     recovery: None where `recover` took no part. frontier: empty where it was not asked for.
+    refits: linear layers whose weights the conversion moved, by the name of the weight.
+    recovery: None where `recover` took no part.
     """
 
     model: str
@@ -126,6 +140,7 @@ class Report:
     environment: Mapping[str, str]
     recovery: Recovery | None = None
     frontier: tuple[FrontierPoint, ...] = ()
+    refits: tuple[RefitReport, ...] = ()
 
     @property
     def converted(self) -> int:

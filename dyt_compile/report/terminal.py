@@ -110,6 +110,7 @@ def report_table(report: Report) -> RenderableType:
         )  # fmt: skip
     parts: list[RenderableType] = [table] if report.sites else []
     parts += _unmixed_tables(report)
+    parts += _refit_tables(report)
     parts.append(Text(headline(report), style="bold"))
     if report.recovery is not None:
         errors = " ".join(_figure(error) for _, error in report.recovery.curve)
@@ -126,6 +127,22 @@ def _unmixed_tables(report: Report) -> list[RenderableType]:
     for group in _grouped(told, lambda site: (_alike(site.name), _alike(site.unmixed or ""))):
         table.add_row(Text(_joint([site.name for site in group])), Text(group[0].unmixed or ""))
     return [table] if told else []
+
+
+def _refit_tables(report: Report) -> list[RenderableType]:
+    """Which linear layers were refitted, and how much nearer that brought their outputs."""
+    table = _table("refitted", "error before", "after")
+    for group in _grouped(report.refits, lambda refit: (_alike(refit.name),)):
+        before, after = (_span(getattr(r, part) for r in group) for part in ("before", "after"))
+        table.add_row(Text(_joint([refit.name for refit in group])), before, after)
+    return [table] if report.refits else []
+
+
+def _span(numbers: Iterable[float]) -> str:
+    """The least and the largest."""
+    found = list(numbers)
+    ends = [_figure(end) for end in (min(found), max(found))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def fold_table(folded: Folded) -> RenderableType:
