@@ -75,24 +75,27 @@ class Trials:
         """Every candidate converted, whatever that costs."""
         attempt = self.attempt(frozenset(candidates))
         tried = (len(attempt.names), attempt.measurement.error)
+        # Sensitivities: none yet, those that a frontier measures later.
         return self._outcome(Plan(attempt, self._sensitivities, (tried,)))
 
     def within(self, candidates: Sequence[str], budget: float) -> Outcome:
         """As many candidates as keep the budget, on the report samples too.
 
         A plan looks at its samples many times and takes the luckiest set; the report samples look
-        once. Where they leave a doubt, the sites are planned once more, for a smaller budget.
-        Raises BudgetError where the report's error is then above the budget.
+        once. Where they leave a doubt, the sites are planned once more, for a smaller budget. The
+        later plan counts unless the report's error is above the budget with it, and not with the
+        earlier one. Raises BudgetError where it is with both.
         """
-        found = self._outcome(self.plan(candidates, budget))
-        if found.measured.keeps(budget, DEVIATIONS):
-            return found
-        again = self.plan(candidates, _tightened(budget, found.measured.upper(budget, DEVIATIONS)))
-        attempts = found.planned.attempts + again.attempts
-        found = self._outcome(replace(again, attempts=attempts))
-        if not found.measured.error <= budget:  # NaN keeps none
-            raise BudgetError(_broken(self._metric, found, budget))
-        return found
+        first = self._outcome(self.plan(candidates, budget))
+        if first.measured.keeps(budget, DEVIATIONS):
+            return first
+        again = self.plan(candidates, _tightened(budget, first.measured.upper(budget, DEVIATIONS)))
+        attempts = first.planned.attempts + again.attempts
+        second = self._outcome(again)
+        for found in (second, first):
+            if found.measured.error <= budget:  # NaN keeps none
+                return replace(found, planned=replace(found.planned, attempts=attempts))
+        raise BudgetError(_broken(self._metric, second, budget))
 
     def plan(self, candidates: Sequence[str], budget: float) -> Plan:
         """Sensitivities from each site alone, then the search for the largest affordable set."""

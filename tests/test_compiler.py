@@ -295,6 +295,22 @@ def test_budget_that_the_report_samples_leave_in_doubt_is_planned_again(
     assert report.converted == counts[-1] <= counts[0]
 
 
+@pytest.mark.core
+def test_budget_in_doubt_that_a_second_plan_breaks_is_that_of_the_first(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def worse_at_last(self: Any, graph: Any) -> Measurement:
+        counts.append(sum(term.op is Op.DYT for term in graph.terms))
+        return Measurement(0.29 if len(counts) == 1 else 0.31, 0.05, 32)
+
+    monkeypatch.setattr(trials.Trials, "verify", worse_at_last)
+    report = convert(model, _batches(), budget=0.3).report
+    assert len(counts) == 2
+    assert (report.error, report.converted) == (0.29, counts[0])
+
+
 class Fragile(Transformer):
     """Gives NaN where a sample is far out."""
 
