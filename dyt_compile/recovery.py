@@ -243,8 +243,9 @@ def _step_size(result: Conversion) -> Callable[[Batch, int], int]:
     run = graph.segment(list(graph.inputs.values()), [site.input])
 
     def size(batch: Batch, samples: int) -> int:
+        value: Any
         (value,) = run([batch[name] for name in graph.inputs])
-        positions = math.prod(value.shape) / (site.channels or value.shape[-1])
+        positions: float = math.prod(value.shape) / (site.channels or value.shape[-1])
         least, most = STEP_SAMPLES
         return int(min(most, max(least, round(STEP_POSITIONS * samples / positions))))
 
