@@ -174,6 +174,11 @@ class Calibration:
         difference = self.difference(other.fingerprint)
         if difference is not None:
             raise CalibrationError(f"the calibrations are of different models: {difference}")
+        if self.refits or other.refits:
+            raise CalibrationError(
+                "refits of linear layers rest on the fits of one run: they cannot be merged; "
+                "calibrate on the original's activations, or with fit='full'"
+            )
         pairs = zip(_sums(self), _sums(other), strict=True)
         fits = _merged(self, dict(zip(self.fits, pairs, strict=True)))
         able = (name for name, fit in fits.items() if fit.parameters is not None)

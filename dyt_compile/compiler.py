@@ -15,7 +15,7 @@ from typing import Any
 
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
-from .data import split, whole
+from .data import SHARES, UNPLANNED, split, whole
 from .dyt import Refit
 from .errors import CalibrationError, DataError, OptionError
 from .graphs.base import Batch, Graph
@@ -132,8 +132,8 @@ def convert(
 
     model: as for `inspect`. batches: tuples (positional arguments) or dicts (keyword arguments)
     of tensors or arrays, in an iterable that can be gone through again; they are split 50/25/25
-    into fit, plan and report. example: a tuple or a dict like a batch, or (args, kwargs); by
-    default the first batch.
+    into fit, plan and report (75/0/25 in mode "all" without a frontier). example: a tuple or
+    a dict like a batch, or (args, kwargs); by default the first batch.
 
     mode "exact" recognises the DyT and Derf that the model holds and leaves its norms alone;
     "budget" converts as many norms as keep the error at `output` (by default the first
@@ -198,8 +198,10 @@ def convert(
         report = assemble(graph, found, mode, named(metric), output, seconds=clock.seconds)
         probe = _probe(graph, args, kwargs)
         return _concluded(Conversion(rewritten, graph, found, None, report, probe), fold)
+    shares = UNPLANNED if mode == "all" and not frontier else SHARES
     with Shelf(graph) as shelf:
-        trials = Trials(graph, found, split(graph, batches, seed), shelf, output, metric, seed, fit)
+        samples = split(graph, batches, seed, shares)
+        trials = Trials(graph, found, samples, shelf, output, metric, seed, fit)
         candidates = _candidates(found, exclude)
         with clock("survey"):
             hard = hardships(found.sites, trials.survey())

@@ -18,11 +18,15 @@ from .errors import DataError
 from .graphs.base import Batch, Graph
 
 __all__ = [
-    "SHARES", "Part", "Splits", "attention_mask", "load", "pieces", "sample_keys", "split", "whole",
+    "SHARES", "UNPLANNED", "Part", "Splits", "attention_mask", "load", "pieces", "sample_keys",
+    "split", "whole",
 ]  # fmt: skip
 
 SHARES = (0.5, 0.25, 0.25)
 """Of the samples, for fitting, for planning, and for the report."""
+
+UNPLANNED = (0.75, 0.0, 0.25)
+"""The same, where nothing is planned."""
 
 FIRST = 32
 """Samples for a first look: a site's largest sigma is that of a token that every sample has."""
@@ -86,7 +90,7 @@ def split(
     splitter = _Splitter(graph, as_batches(batches))
     sizes = [splitter.size(batch) for batch in splitter.bound()]
     total = sum(sizes)
-    least = math.ceil(1 / min(shares))
+    least = math.ceil(1 / min(share for share in shares if share))
     if total < least:
         raise DataError(
             f"the data holds {total} samples; at least {least} are needed for fit, plan and report"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from .calibration import Calibration
 from .data import Splits
@@ -59,7 +60,6 @@ class Trials:
         self._output = output
         self._metric = metric
         self._shelf = shelf
-        self._planning = self._reference("plan")
         self._looks: Mapping[str, Look] | None = None
         self.isolated: Calibration | None = None
         self._sensitivities: dict[str, float] = {}
@@ -163,6 +163,10 @@ class Trials:
     def verify(self, rewritten: Graph) -> Measurement:
         """The error on samples that took part in nothing else."""
         return self._reference("report").measure(rewritten)
+
+    @cached_property
+    def _planning(self) -> Reference:
+        return self._reference("plan")
 
     def _attempt(self, names: frozenset[str]) -> Attempt:
         fitted = self._calibrated(self._tied(names))

@@ -346,8 +346,8 @@ def test_frontier_measures_each_number_of_sites_as_a_plan_would(
     added = [name for point in report.frontier for name in point.added]
     assert added == sorted(SITES, key=lambda name: alone[name] or math.inf)
     measured = {point.sites: point.error for point in report.frontier}
-    whole = convert(model, _batches(), mode="all").report
-    assert measured[4] == whole.attempts[0][1]  # fitted together, on the plan samples
+    whole = convert(model, _batches(), budget=1e6).report
+    assert measured[4] == dict(whole.attempts)[4]  # fitted together, on the plan samples
     assert all(error == measured[4] for count, error in report.attempts if count == 4)
 
 
@@ -1117,3 +1117,24 @@ def test_digits_in_mode_all_report_what_it_cost(digits: ModuleType) -> None:
     pixels = digits.images()[2]
     error = _relative(_call(model, pixels), _call(result.model, pixels))
     assert result.report.error == pytest.approx(error, rel=0.25)
+
+
+# Mode all
+
+
+@pytest.mark.core
+def test_mode_all_fits_on_what_a_plan_would_have_been_measured_on(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[int] = []
+    calibrate = trials.calibrate
+
+    def counted(*args: Any, **others: Any) -> dyt_compile.Calibration:
+        fitted.append(args[2].samples)
+        return calibrate(*args, **others)
+
+    monkeypatch.setattr(trials, "calibrate", counted)
+    report = convert(model, _batches(), mode="all").report
+    total = sum(len(batch[0]) for batch in _batches())
+    assert fitted == [round(0.75 * total)]
+    assert report.samples == total - fitted[0]
