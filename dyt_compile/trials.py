@@ -73,10 +73,11 @@ class Trials:
 
     def all(self, candidates: Sequence[str]) -> Outcome:
         """Every candidate converted, whatever that costs."""
-        attempt = self.attempt(frozenset(candidates))
-        tried = (len(attempt.names), attempt.measurement.error)
-        # Sensitivities: none yet, those that a frontier measures later.
-        return self._outcome(Plan(attempt, self._sensitivities, (tried,)))
+        fitted = self._calibrated(self._tied(candidates))
+        rewritten = self._rewritten(fitted)
+        measured = self.verify(rewritten)
+        chosen = Attempt(fitted.converted.intersection(candidates), fitted, measured)
+        return Outcome(Plan(chosen, self._sensitivities), rewritten, measured)
 
     def within(self, candidates: Sequence[str], budget: float) -> Outcome:
         """As many candidates as keep the budget, on the report samples too.
