@@ -275,8 +275,8 @@ def test_convert_fits_a_matrix_where_it_may_and_says_why_not_elsewhere(fit: str)
 def test_auto_keeps_the_diagonal_fit_where_the_full_one_is_worse(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def worse(*rows: Any) -> FullFit:
-        full = fit_full(*rows)
+    def worse(*rows: Any, **options: Any) -> FullFit:
+        full = fit_full(*rows, **options)
         assert isinstance(full, FullFit)
         return replace(full, error=9.0)
 
