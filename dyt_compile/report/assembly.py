@@ -48,7 +48,9 @@ def assemble(
         standard_error=None if measured is None else measured.standard_error,
         samples=0 if measured is None else measured.samples,
         sites=tuple(
-            replace(_site_report(graph, site, planned, isolated), hard=hard.get(site.name, ()))
+            replace(
+                _site_report(graph, site, mode, planned, isolated), hard=hard.get(site.name, ())
+            )
             for site in found.sites
         ),
         refusals=tuple(refusal.to_dict() for refusal in found.refusals),
@@ -70,7 +72,7 @@ def _refits(planned: Plan | None) -> tuple[RefitReport, ...]:
 
 
 def _site_report(
-    graph: Graph, site: NormSite, planned: Plan | None, isolated: Calibration | None
+    graph: Graph, site: NormSite, mode: str, planned: Plan | None, isolated: Calibration | None
 ) -> SiteReport:
     chosen = None if planned is None else planned.chosen
     calibration = isolated if chosen is None else chosen.calibration
@@ -87,7 +89,7 @@ def _site_report(
         channels=site.channels,
         consumers=site.consumers,
         converted=converted,
-        reason=None if converted else _why_kept(planned, fit, sensitivity),
+        reason=None if converted else _why_kept(mode, fit, sensitivity),
         alpha=None if alpha is None else float(np.mean(alpha, dtype=np.float64)),
         fit_error=None if fit is None else fit.fit_error,
         sensitivity=sensitivity,
@@ -99,11 +101,11 @@ def _site_report(
     )
 
 
-def _why_kept(planned: Plan | None, fit: Any, sensitivity: float | None) -> str:
-    if planned is None:
+def _why_kept(mode: str, fit: Any, sensitivity: float | None) -> str:
+    if mode == "exact":
         return "mode exact"
     if fit is not None and fit.reason is not None:
         return str(fit.reason)
-    if sensitivity is None and not planned.attempts:
+    if mode == "calibration":
         return "excluded, or kept by the calibration"
     return "excluded" if sensitivity is None else "over budget"

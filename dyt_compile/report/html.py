@@ -76,6 +76,12 @@ FOUND = (
 )
 """The table of sites before any conversion, as `inspect` finds them."""
 
+REFITS = (
+    Column("name", "weight"),
+    Column("before", "before", "number", "relative error of its output on held-out rows"),
+    Column("after", "after", "number", "the same, with the weight that it has now"),
+)
+
 REFUSALS = (Column("name", "norm"), Column("kind", "kind"), Column("reason", "why refused"))
 
 
@@ -142,6 +148,7 @@ def _converted(report: Report, exported: OnnxExport | None) -> dict[str, Any]:
         "headline": _headline(report),
         "cards": _cards(report, exported),
         "sites": _site_table(SITES, figures["sites"]),
+        "refits": _table(REFITS, figures["refits"]),
         "refusals": _table(REFUSALS, figures["refusals"]),
         "cost": {"measure": described(report.metric)} | {name: figures[name] for name in cost},
         "recovery": _recovery(report),
@@ -162,6 +169,7 @@ def _found(match: Match) -> dict[str, Any]:
         "headline": f"{counts} Nothing was converted or measured: this is what inspect found.",
         "cards": [],
         "sites": _site_table(FOUND, figures["sites"]),
+        "refits": _table(REFITS, []),
         "refusals": _table(REFUSALS, figures["refusals"]),
         "cost": None,
         "recovery": None,

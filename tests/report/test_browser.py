@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dyt_compile import Report, write_report
+from dyt_compile.report.records import RefitReport
 
 from .models import HOSTILE, converted, recovered
 
@@ -187,6 +188,22 @@ def test_page_without_a_frontier_offers_nothing_to_draw_it_against(
 ) -> None:
     browser.open(page)
     assert browser.run("return document.getElementById('frontier').hidden")
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_page_lists_what_was_refitted(
+    browser: Browser, report: Report, tmp_path: Path, width: int
+) -> None:
+    moved = tuple(RefitReport(f"layers.{n}.dense.weight", 0.5 / n, 0.1 / n) for n in (1, 2, 3))
+    browser.open(_write(replace(report, refits=moved), tmp_path), width=width)
+    rows = browser.run(
+        "return [...document.querySelectorAll('#refit-table tbody tr')].map((row) =>"
+        " [...row.cells].map((cell) => cell.textContent))"
+    )
+    assert [row[0] for row in rows] == [refit.name for refit in moved]
+    assert [float(row[1]) for row in rows] == pytest.approx([r.before for r in moved], rel=0.01)
+    assert not _wider(browser)
+    assert browser.errors() == []
 
 
 def test_check_for_crossing_labels_can_fail(browser: Browser, page: Path) -> None:

@@ -21,6 +21,7 @@ import dyt_compile
 from dyt_compile import DytCompileError, write_report
 from dyt_compile.errors import MissingDependencyError, OptionError
 from dyt_compile.report.html import page
+from dyt_compile.report.records import RefitReport
 from dyt_compile.report.terminal import report_table
 
 from .models import HOSTILE, converted, norms, recovered
@@ -175,6 +176,14 @@ def test_output_error_and_export_error_stand_apart(tmp_path: Path) -> None:
     fields = {column["field"] for column in _data(page(result.report))["sites"]["columns"]}
     assert "fit_error" in fields
     assert "export_error" not in fields
+
+
+def test_page_lists_what_was_refitted() -> None:
+    report = converted(NAMES).report
+    assert _data(page(report))["refits"]["rows"] == []
+    moved = (RefitReport("layer.<b>.weight", 0.25, 0.125),)
+    rows = _data(page(replace(report, refits=moved)))["refits"]["rows"]
+    assert rows == [{"name": "layer.<b>.weight", "before": 0.25, "after": 0.125}]
 
 
 def test_page_of_a_model_without_norms_says_so() -> None:

@@ -19,12 +19,16 @@ function build() {
   list("seconds", data.seconds);
   list("environment", data.environment);
   const table = new Table(byId("site-table"), data.sites, wanted, siteCell);
-  new Table(
-    byId("refusal-table"),
-    data.refusals,
-    () => true,
-    (_, __, text) => text,
-  );
+  for (const [id, rows] of [
+    ["refit-table", data.refits],
+    ["refusal-table", data.refusals],
+  ])
+    new Table(
+      byId(id),
+      rows,
+      () => true,
+      (_, __, text) => text,
+    );
   const filter = () => {
     byId("count").textContent = `${table.fill()} of ${sites.length}`;
   };
@@ -37,6 +41,7 @@ function build() {
   byId("frontier").hidden = !data.cost?.frontier.length;
   byId("against").addEventListener("change", drawCost);
   byId("curves").hidden = !data.scatters.some(Boolean);
+  byId("refits").hidden = !data.refits.rows.length;
   byId("refusals").hidden = !data.refusals.rows.length;
   byId("sites").hidden = !sites.length;
   byId("state").hidden = !sites.some((site) => site.now);
