@@ -112,8 +112,8 @@ def chosen(diagonal: SiteFit, full: FullFit | str, method: str = "auto") -> Site
     if isinstance(full, str):
         return replace(diagonal, unmixed=full)
     sums = None if diagonal.sums is None else replace(diagonal.sums, full=full.sums)
-    if method == "auto" and diagonal.fit_error is not None and full.error >= diagonal.fit_error:
-        reason = f"the full fit's error on held-out rows is {full.error:.3g}, no smaller"
+    if method == "auto" and diagonal.fit_error is not None and full.least >= diagonal.fit_error:
+        reason = f"the full fit's error on held-out rows is {full.least:.3g}, no smaller"
         return replace(diagonal, unmixed=reason, sums=sums)
     return replace(
         diagonal,

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dyt_compile import ridge as ridge_module
 from dyt_compile.dyt import Mix
 from dyt_compile.fits import fit_diagonal
 from dyt_compile.ridge import RIDGES, FullFit, GramSums, fit_full, refit_full
@@ -94,6 +95,25 @@ def test_full_fit_takes_channels_that_do_not_vary() -> None:
     full = _fitted(x, y, 500)
     assert np.isfinite(full.mix.matrix).all()
     assert np.isfinite(full.mix.offset).all()
+
+
+def test_alpha_is_the_largest_whose_error_is_near_the_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, CHANNELS)).astype(np.float32)
+    y = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True))
+    fits = {}
+    for slack in (0.0, ridge_module.SLACK, 0.5):
+        monkeypatch.setattr(ridge_module, "SLACK", slack)
+        fits[slack] = _fitted(x, y, 500)
+    least = fits[0.0].error
+    assert [fit.least for fit in fits.values()] == [least] * 3
+    alphas = [float(fit.parameters.alpha[0]) for fit in fits.values()]
+    assert alphas[0] < alphas[2]
+    assert alphas == sorted(alphas)
+    for slack, fit in fits.items():
+        assert fit.error <= (1 + slack) * least
 
 
 def test_mix_maps_the_channels_along_any_axis() -> None:
