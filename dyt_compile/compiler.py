@@ -278,6 +278,7 @@ def calibrate(
         seed=seed,
         fit=fit,
         keep_sums=keep_sums,
+        refits=fit == "auto",
     )
     able = (name for name in chosen if fitted.fits[name].parameters is not None)
     return replace(fitted, converted=frozenset(able))

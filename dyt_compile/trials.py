@@ -17,6 +17,7 @@ from .passes.plan import Attempt, Plan, frontier_sizes, in_order, plan
 from .passes.rewrite import rewrite
 from .passes.verify import Reference
 from .progress import track
+from .projections import projections
 from .report.records import FrontierPoint
 from .savings import savings
 from .shelf import Shelf
@@ -73,7 +74,7 @@ class Trials:
 
     def all(self, candidates: Sequence[str]) -> Outcome:
         """Every candidate converted, whatever that costs."""
-        fitted = self._calibrated(self._tied(candidates))
+        fitted = self._calibrated(self._tied(candidates), refit=True)
         rewritten = self._rewritten(fitted)
         measured = self.verify(rewritten)
         chosen = Attempt(fitted.converted.intersection(candidates), fitted, measured)
@@ -130,7 +131,7 @@ class Trials:
         for size in track(sizes, "measuring the frontier", len(sizes)):
             names = frozenset(order[:size])
             # Not kept: a calibration for each point is more than a large model's memory holds.
-            found = self._attempts.get(names) or self._attempt(names)
+            found = self._attempt(names, refit=True)
             points.append(self._point(found, tuple(order[taken:size])))
             taken = size
         return tuple(points)
@@ -152,6 +153,7 @@ class Trials:
         )
 
     def _outcome(self, planned: Plan) -> Outcome:
+        planned = self._refitted(planned)
         rewritten = self.rewrite(planned)
         return Outcome(planned, rewritten, self.verify(rewritten))
 
@@ -169,12 +171,28 @@ class Trials:
     def _planning(self) -> Reference:
         return self._reference("plan")
 
-    def _attempt(self, names: frozenset[str]) -> Attempt:
-        fitted = self._calibrated(self._tied(names))
+    def _refitted(self, planned: Plan) -> Plan:
+        """The plan with linear layers refitted, where that lowers its error on the plan samples.
+
+        They are left alone while sites are tried: refits take most of a calibration's time.
+        """
+        if planned.chosen is None or self._fit != "auto":
+            return planned
+        calls = self._tied(planned.converted)
+        if not projections(self._graph, [s for s in self._match.sites if s.name in calls]):
+            return planned
+        again = self._attempt(planned.converted, refit=True)
+        if not again.measurement.error < planned.chosen.measurement.error:
+            return planned
+        tried = (len(again.names), again.measurement.error)
+        return replace(planned, chosen=again, attempts=(*planned.attempts, tried))
+
+    def _attempt(self, names: frozenset[str], *, refit: bool = False) -> Attempt:
+        fitted = self._calibrated(self._tied(names), refit=refit)
         measured = self._planning.measure(self._rewritten(fitted))
         return Attempt(names & fitted.converted, fitted, measured)
 
-    def _calibrated(self, names: Collection[str]) -> Calibration:
+    def _calibrated(self, names: Collection[str], *, refit: bool = False) -> Calibration:
         return calibrate(
             self._graph,
             self._match,
@@ -182,6 +200,7 @@ class Trials:
             convert=names,
             seed=self._seed,
             fit=self._fit,
+            refits=refit and self._fit == "auto",
         )
 
     def _rewritten(self, fitted: Calibration) -> Graph:

@@ -58,6 +58,7 @@ def calibrate(
     seed: int,
     fit: str = "diagonal",
     keep_sums: bool = False,
+    refits: bool = False,
 ) -> Calibration:
     """Fits of every lossy site, the sites named in `convert` applied as the walk goes.
 
@@ -66,6 +67,7 @@ def calibrate(
     With `convert` empty, every site is fitted on the original's own activations. A site that
     cannot be fitted keeps its norm, and its fit says why. Calls of one module share their values:
     they are fitted together, the later ones on the original's activations.
+    refits: linear layers behind converted sites are refitted where `projections` says that it pays.
     keep_sums: fits hold what they were made from, so that `Calibration.merge` can add other runs.
 
     The fits do not depend on how the samples are split into batches, nor on their order, up to the
@@ -76,9 +78,10 @@ def calibrate(
     """
     sites = [site for site in match.sites if not site.kind.lossless]
     fits: dict[str, SiteFit] = {}
-    refits: dict[str, Refit] = {}
+    moved: dict[str, Refit] = {}
     prefix = ""
-    behind = _behind(graph, sites, convert, fit)
+    converted = [site for site in sites if site.name in convert]
+    behind = projections(graph, converted) if refits else []
     points: list[NormSite | Projection] = [*sites, *behind]
     points.sort(key=lambda point: place(point.output))
     with Shelf(graph) as shelf:
@@ -89,9 +92,9 @@ def calibrate(
         ):
             walk.advance(stage)
             if isinstance(site, Projection):
-                moved = refit(walk, graph, site, stage, following, seed)
-                if moved is not None:
-                    refits[site.name] = replace(moved, place=behind.index(site))
+                better = refit(walk, graph, site, stage, following, seed)
+                if better is not None:
+                    moved[site.name] = replace(better, place=behind.index(site))
                 continue
             others = later_calls.get(site.name, ())
             unmixed = _unmixed(site, others, graph, fit)
@@ -110,17 +113,8 @@ def calibrate(
             walk.apply(site, found if applied else None, stage, following)
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
     return Calibration(
-        MappingProxyType(fits), fingerprint(graph, match), done, MappingProxyType(refits)
+        MappingProxyType(fits), fingerprint(graph, match), done, MappingProxyType(moved)
     )
-
-
-def _behind(
-    graph: Graph, sites: Sequence[NormSite], convert: Collection[str], fit: str
-) -> list[Projection]:
-    """The projections behind converted sites that are refitted."""
-    if fit != "auto":
-        return []
-    return projections(graph, [site for site in sites if site.name in convert])
 
 
 def survey(graph: Graph, match: Match, samples: Part) -> dict[str, Look]:
