@@ -188,6 +188,19 @@ def test_a_sum_that_is_an_output_too_is_no_norms_own() -> None:
     assert list(found) == ["blocks.1.first.weight"]
 
 
+def test_a_sum_that_two_norms_read_is_no_norms_own() -> None:
+    class Parallel(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](x)
+            block, other = self.blocks[1], self.blocks[2]
+            total = x + block.second(F.gelu(block.first(x)))
+            y: Tensor = self.head(block.norm(total) * other.norm(total))
+            return y
+
+    found = _found(Parallel(post=True), *_batches()[0])
+    assert list(found) == ["blocks.1.first.weight"]
+
+
 def test_projections_not_at_a_converted_site_are_left() -> None:
     graph = capture(Net(post=True).eval(), _batches()[0])
     last = match(graph).sites[-1]
