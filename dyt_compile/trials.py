@@ -131,7 +131,7 @@ class Trials:
         for size in track(sizes, "measuring the frontier", len(sizes)):
             names = frozenset(order[:size])
             # Not kept: a calibration for each point is more than a large model's memory holds.
-            found = self._attempt(names, refit=True)
+            found = self._refitted(self._attempts.get(names) or self._attempt(names))
             points.append(self._point(found, tuple(order[taken:size])))
             taken = size
         return tuple(points)
@@ -153,7 +153,11 @@ class Trials:
         )
 
     def _outcome(self, planned: Plan) -> Outcome:
-        planned = self._refitted(planned)
+        if planned.chosen is not None:
+            chosen = self._refitted(planned.chosen)
+            last = (len(chosen.names), chosen.measurement.error)
+            more = () if chosen is planned.chosen else (last,)
+            planned = replace(planned, chosen=chosen, attempts=(*planned.attempts, *more))
         rewritten = self.rewrite(planned)
         return Outcome(planned, rewritten, self.verify(rewritten))
 
@@ -171,21 +175,17 @@ class Trials:
     def _planning(self) -> Reference:
         return self._reference("plan")
 
-    def _refitted(self, planned: Plan) -> Plan:
-        """The plan with linear layers refitted, where that lowers its error on the plan samples.
+    def _refitted(self, tried: Attempt) -> Attempt:
+        """The attempt with linear layers refitted, where that lowers its error.
 
-        They are left alone while sites are tried: refits take most of a calibration's time.
+        They are left alone while a plan is sought: refits take most of a calibration's time.
         """
-        if planned.chosen is None or self._fit != "auto":
-            return planned
-        calls = self._tied(planned.converted)
-        if not projections(self._graph, [s for s in self._match.sites if s.name in calls]):
-            return planned
-        again = self._attempt(planned.converted, refit=True)
-        if not again.measurement.error < planned.chosen.measurement.error:
-            return planned
-        tried = (len(again.names), again.measurement.error)
-        return replace(planned, chosen=again, attempts=(*planned.attempts, tried))
+        calls = self._tied(tried.names)
+        converted = [site for site in self._match.sites if site.name in calls]
+        if self._fit != "auto" or not projections(self._graph, converted):
+            return tried
+        again = self._attempt(tried.names, refit=True)
+        return again if again.measurement.error < tried.measurement.error else tried
 
     def _attempt(self, names: frozenset[str], *, refit: bool = False) -> Attempt:
         fitted = self._calibrated(self._tied(names), refit=refit)

@@ -122,7 +122,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    """What the backend warned of; convert's own warning, of hard sites, comes before it."""
+    told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    return [message for message in told if not message.startswith("known to be hard")]
 
 
 def test_closeness_tells_dyt_from_its_norm() -> None:

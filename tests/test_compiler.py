@@ -214,9 +214,10 @@ def test_mode_budget_measures_no_set_twice(
     sets: list[frozenset[str]] = []
     calibrate = trials.calibrate
 
-    def counted(*args: Any, convert: Any, **kwargs: Any) -> Any:
-        sets.append(frozenset(convert))
-        return calibrate(*args, convert=convert, **kwargs)
+    def counted(*args: Any, convert: Any, refits: bool, **kwargs: Any) -> Any:
+        if not refits:
+            sets.append(frozenset(convert))
+        return calibrate(*args, convert=convert, refits=refits, **kwargs)
 
     monkeypatch.setattr(trials, "calibrate", counted)
     report = convert(model, _batches(), budget=0.15).report
@@ -261,9 +262,10 @@ def test_budget_that_the_report_samples_break_once_is_planned_again(
         found: Measurement = verify(self, graph)
         return replace(found, error=0.6) if len(counts) == 1 else found
 
-    def counted(*args: Any, convert: Any, **kwargs: Any) -> Any:
-        sets.append(frozenset(convert))
-        return calibrate(*args, convert=convert, **kwargs)
+    def counted(*args: Any, convert: Any, refits: bool, **kwargs: Any) -> Any:
+        if not refits:
+            sets.append(frozenset(convert))
+        return calibrate(*args, convert=convert, refits=refits, **kwargs)
 
     monkeypatch.setattr(trials.Trials, "verify", worse_at_first)
     monkeypatch.setattr(trials, "calibrate", counted)
@@ -347,8 +349,9 @@ def test_frontier_measures_each_number_of_sites_as_a_plan_would(
     assert added == sorted(SITES, key=lambda name: alone[name] or math.inf)
     measured = {point.sites: point.error for point in report.frontier}
     whole = convert(model, _batches(), budget=1e6).report
-    assert measured[4] == dict(whole.attempts)[4]  # fitted together, on the plan samples
-    assert all(error == measured[4] for count, error in report.attempts if count == 4)
+    tried = [error for count, error in whole.attempts if count == 4]
+    assert measured[4] == min(tried)  # fitted together, on the plan samples
+    assert all(error >= measured[4] for count, error in report.attempts if count == 4)
 
 
 @pytest.mark.core

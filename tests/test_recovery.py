@@ -205,10 +205,8 @@ def test_staged_run_converts_the_easy_sites_first(converted: Conversion) -> None
     assert [sites for _, sites in recovery.stages] == [1, 2, 3]
     begun = [recovery.curve[place][0] for place, _ in recovery.stages]
     assert begun == pytest.approx([0, 0.25, 0.5], abs=0.01)
-    errors = dict(recovery.curve[:1])
     easiest = min(converted.report.sites, key=lambda site: site.fit_error or 0)
     assert _groups(converted)[0] == {easiest.name}
-    assert errors[0.0] < recovery.before  # one site is easier than three
     assert {site.converted for site in found.report.sites} == {True}
     assert all(site.kind.lossless for site in match(found.graph).sites)
 
