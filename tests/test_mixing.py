@@ -278,7 +278,7 @@ def test_auto_keeps_the_diagonal_fit_where_the_full_one_is_worse(
     def worse(*rows: Any, **options: Any) -> FullFit:
         full = fit_full(*rows, **options)
         assert isinstance(full, FullFit)
-        return replace(full, error=9.0)
+        return replace(full, error=9.0, least=9.0)
 
     monkeypatch.setattr(calibrate_module, "fit_full", worse)
     for fit, chosen in (("auto", "diagonal"), ("full", "full")):
