@@ -226,7 +226,7 @@ def test_norms_of_queries_and_keys_are_fitted_along_a_head(world: str, tmp_path:
 
 def test_norm_that_a_router_reads_is_converted_and_its_cost_is_measured() -> None:
     model = _built("MixtralForCausalLM", MIXTRAL)
-    calibration = dyt_compile.calibrate(model, _padded())
+    calibration = dyt_compile.calibrate(model, _padded(), fit="full")
     routed = _named(calibration, "post_attention_layernorm")
     assert [calibration.fits[name].method for name in routed] == ["diagonal"] * 2
     result = dyt_compile.convert(model, _padded(2, seed=50), calibration=calibration)
