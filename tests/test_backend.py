@@ -901,6 +901,7 @@ def test_inductor_takes_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_summary_counts_sites(caplog: pytest.LogCaptureFixture) -> None:
     model = Model().eval()
     calibration, _ = _only(_converted(model), "blocks.1.norm1", "norm")
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="dyt_compile"):
         made = dyt_compile.backend(calibration=calibration, inner="eager")
         torch.compile(model, backend=made)(_inputs())
