@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 import dyt_compile
 from dyt_compile import Calibration
 from dyt_compile.calibration import SiteFit
 from dyt_compile.dyt import evaluate
+
+transformers = pytest.importorskip("transformers")
 
 SAMPLES, TOKENS, WIDTH = 16, 8, 32
 Batches = list[dict[str, Tensor]]
