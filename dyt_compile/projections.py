@@ -7,7 +7,7 @@ towards what the original has there, takes much of that back, at no cost when th
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from .channels import Kind, takes_value
 from .constants import is_fixed, is_quantised, readers
 from .dyt import Mix
 from .graphs.base import Graph
-from .graphs.cuts import place
+from .graphs.cuts import place, read_between
 from .mixing import obstacle
 from .producers import Change, holds_bias
 from .revision import name_of
@@ -43,7 +43,8 @@ class Projection:
     name: of the weight; input: what is multiplied, channels last; output: the product, without a
     bias that is added behind it. residuals: what its output is added to, and known before it;
     moves: the views and transposes that lead there. site: a converted one that alone reads the
-    sum; what it puts out is all that the sum is for.
+    sum; what it puts out is all that the sum is for. lengths: what the way to its output reads
+    besides, such as the length of an axis to view as.
     """
 
     name: str
@@ -52,7 +53,13 @@ class Projection:
     output: Value
     moves: tuple[Term, ...]
     residuals: tuple[Value, ...]
-    site: NormSite | None
+    site: NormSite | None = None
+    lengths: tuple[Value, ...] = ()
+
+    @property
+    def known(self) -> tuple[Value, ...]:
+        """What a walk has to know at the projection, besides its input."""
+        return (*self.residuals, *self.lengths)
 
     @property
     def shape(self) -> tuple[int | None, ...]:
@@ -99,9 +106,20 @@ def projections(graph: Graph, sites: Collection[NormSite]) -> list[Projection]:
             if isinstance(value, Value) and isinstance(weight, Value) and _is_free(weight, term):
                 moves, residuals, end = _way_to_residuals(term, outputs)
                 if end in alone or _source(value) in unmixed:
-                    name, site = name_of(weight), alone.get(end)
-                    found.append(Projection(name, term, value, term.output, moves, residuals, site))
+                    name, way = name_of(weight), (moves, residuals)
+                    made = Projection(name, term, value, term.output, *way)
+                    found.append(_before(alone.get(end), made))
     return found
+
+
+def _before(site: NormSite | None, projection: Projection) -> Projection:
+    """The projection with the site that alone reads its sum, as far as it can see to there."""
+    if site is None:
+        return projection
+    lengths = read_between([projection.output, *projection.residuals], site.output)
+    if any(place(length) > projection.term.index for length in lengths):
+        return projection
+    return replace(projection, site=site, lengths=lengths)
 
 
 def changes_of(projection: Projection, refit: Mix) -> tuple[Change, ...]:

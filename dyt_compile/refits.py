@@ -211,13 +211,13 @@ class _Refitting:
 
     def _behind(self, site: NormSite, found: Refit) -> Iterator[tuple[Array, Array, Array]]:
         """By batch: the refitted output, what the site reads then, and what the norm puts out."""
-        start = [self._projection.output, *self._projection.residuals]
+        start = [self._projection.output, *self._projection.known]
         to_input = self._graph.segment(start, [site.input])
         to_output = self._graph.segment(start, [site.output])
         for original, converted in zip(self._walk.original, self._walk.converted, strict=True):
             now = self._output(found, converted)
-            residuals = [converted[value].load() for value in start[1:]]
-            (x,) = to_input([self._graph.from_array(now, start[0]), *residuals])
+            known = [converted[value].load() for value in start[1:]]
+            (x,) = to_input([self._graph.from_array(now, start[0]), *known])
             (y,) = to_output([original[value].load() for value in start])
             yield now, self._walk.float32(x), self._walk.float32(y)
 

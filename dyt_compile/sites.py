@@ -64,8 +64,8 @@ class NormSite:
     unfolded: str = ""
 
     @property
-    def residuals(self) -> tuple[Value, ...]:
-        """What is added behind the site: nothing, to a walk over the graph."""
+    def known(self) -> tuple[Value, ...]:
+        """What a walk over the graph has to know at the site, besides its input: nothing."""
         return ()
 
     @property

@@ -241,6 +241,29 @@ def test_masked_rows_have_no_part_in_a_refit_behind_views() -> None:
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
 
 
+class Encoder(nn.Module):
+    """Its attention flattens samples and tokens, and asks the input for their lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.layers(x).mean(dim=1))
+        return y
+
+
+def test_torchs_own_encoder_is_refitted_through_its_views() -> None:
+    model, batches = Encoder().eval(), _batches()
+    full = dyt_compile.convert(model, batches, mode="all", fit="full").report.error
+    auto = dyt_compile.convert(model, batches, mode="all").report
+    assert "layers.layers.1.self_attn.out_proj.weight" in {refit.name for refit in auto.refits}
+    assert auto.error < full  # type: ignore[operator]
+
+
 def test_a_target_is_led_back_through_views() -> None:
     model = TimeFirst()
     projection = _found(model, *_batches()[0])["outer.weight"]

@@ -11,7 +11,7 @@ from typing import Protocol
 from ..terms import Value
 from .base import Graph
 
-__all__ = ["Point", "Stage", "place", "stages"]
+__all__ = ["Point", "Stage", "place", "read_between", "stages"]
 
 
 class Point(Protocol):
@@ -28,7 +28,7 @@ class Point(Protocol):
         ...
 
     @property
-    def residuals(self) -> tuple[Value, ...]:
+    def known(self) -> tuple[Value, ...]:
         """What a walk has to know there, besides."""
         ...
 
@@ -53,10 +53,8 @@ def stages(graph: Graph, points: Sequence[Point]) -> tuple[Stage, ...]:
     Stage k makes the input of point k, and stage k + 1 starts with that point's output.
     """
     # Clock: stage k runs at 2k, point k reads and answers at 2k + 1, the graph's inputs come at -1.
-    reads = [_read_inside(point) for point in points]
-    known = [
-        (point.input, *point.residuals, *read) for point, read in zip(points, reads, strict=True)
-    ]
+    reads = [read_between([point.input], point.output) for point in points]
+    known = [(point.input, *point.known, *read) for point, read in zip(points, reads, strict=True)]
     answers = {point.output for point in points}
     needed = _needed(graph, answers, chain.from_iterable(known))
     ends = [place(point.output) for point in points]
@@ -83,9 +81,9 @@ def stages(graph: Graph, points: Sequence[Point]) -> tuple[Stage, ...]:
     )
 
 
-def _read_inside(point: Point) -> tuple[Value, ...]:
-    """What the nodes between a point's input and its output read besides the input."""
-    pending, inside, read = [point.output], {point.input}, dict[Value, None]()
+def read_between(start: Iterable[Value], stop: Value) -> tuple[Value, ...]:
+    """What the nodes from some values to a later one read besides those: lengths of axes."""
+    pending, inside, read = [stop], set(start), dict[Value, None]()
     while pending:
         value = pending.pop()
         if value in inside or value.constant:
