@@ -65,8 +65,9 @@ def measured(name: str, seed: int, minutes: float) -> Row:
     converted = dyt_compile.convert(model, batches, mode="all", metric=subject.metric, seed=seed)
     fitted = time.perf_counter()
     checkpoint = CACHE / f"{kept}-{minutes:g}.checkpoint"
+    lessons = batches if subject.lessons is None else subject.lessons(seed)
     recovered = dyt_compile.recover(
-        converted, batches, minutes=minutes, seed=seed, checkpoint=checkpoint
+        converted, lessons, minutes=minutes, seed=seed, checkpoint=checkpoint
     )
     recovery = recovered.report.recovery
     checkpoint.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ class Figure:
 class Subject:
     """A trained model.
 
-    batches: by seed, to fit on and to learn from; compared: held-out figures of a converted model
+    batches: by seed, to fit on, and to learn from where `lessons` gives no more; compared: held-out figures of a converted model
     beside the original, by seed; train: the script that makes the weights of another seed than 0,
     None where they are a third party's.
     """
@@ -66,6 +66,7 @@ class Subject:
     compared: Callable[[nn.Module, nn.Module, int], dict[str, float]]
     figures: tuple[Figure, ...]
     train: Path | None = None
+    lessons: Callable[[int], list[Any]] | None = None
 
     def model(self, seed: int, weights: Path) -> nn.Module:
         """The original: the example's for seed 0; trained from another seed on its own split.
@@ -95,8 +96,14 @@ def _loss_added(found: Mapping[str, float]) -> float:
     return found["loss_after"] - found["loss_before"]
 
 
-def _sentences(seed: int) -> list[dict[str, Any]]:
-    return minilm.mixed(minilm.sentences(seed)[0] + minilm.docstrings(seed), seed)
+def _sentences(seed: int, more: int = 2500) -> list[dict[str, Any]]:
+    """Batches of all calibration sentences, and of as many or fewer `more` of docstrings."""
+    return minilm.mixed(minilm.sentences(seed)[0] + minilm.docstrings(seed)[:more], seed)
+
+
+def _all_sentences(seed: int) -> list[dict[str, Any]]:
+    """Learning takes up more than the fits, whose time grows with the sentences."""
+    return _sentences(seed, more=12_000)
 
 
 def _windows(seed: int) -> list[Any]:
@@ -160,6 +167,7 @@ SUBJECTS = {
             ),
             Figure("relative error", _figure("relative_error"), ".3f", {}),
         ),
+        lessons=_all_sentences,
     ),
     "characters": Subject(
         "character GPT, 9 RMSNorms",

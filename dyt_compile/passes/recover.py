@@ -54,13 +54,14 @@ BFLOAT16_TOLERANCE = 0.05
 
 WARM_UP_STEPS = 20
 CLIP = 1.0
-RATE = 1e-2
-"""The highest learning rate, relative to a parameter's root mean square: a small alpha makes gamma
-huge, and no absolute rate suits both."""
+RATE, LEAST_RATE = 1e-2, 1e-3
+"""The highest learning rate of a run, for narrow and for wide matrices, relative to a parameter's
+root mean square: a small alpha makes gamma huge, and no absolute rate suits both."""
 
 RATE_WIDTH = 128
-"""Wider matrices learn more slowly, like one over their width: what Adam changes adds up over the
-channels. Of models of 64, 128 and 384 channels the widest wants a third (docs/recovery.md)."""
+"""Wider matrices learn more slowly, like one over the square of their width: what Adam changes adds
+up over the channels. Of models of 64, 128 and 384 channels the first two want the full rate, and the
+last a ninth (docs/recovery.md); the least rate is that of usual fine-tuning."""
 
 LEAST_SIZE = {"alpha": 1e-4, "gamma": 1e-4, "beta": 0.3, "shift": 0.3, "": 0.02}
 """What a parameter's root mean square counts at least: a beta, or a bias, may begin at zero."""
@@ -462,7 +463,8 @@ def _group(path: str, master: Tensor) -> dict[str, Any]:
     least = LEAST_SIZE.get(path.rpartition(".")[2], LEAST_SIZE[""])
     size = float(master.detach().square().mean().sqrt())
     width = max(master.shape[1:], default=1)
-    return {"params": [master], "lr": RATE * max(size, least) * min(1.0, RATE_WIDTH / width)}
+    rate = min(RATE, max(LEAST_RATE, RATE * (RATE_WIDTH / width) ** 2))
+    return {"params": [master], "lr": rate * max(size, least)}
 
 
 def _cosine(share: float) -> float:

@@ -29,7 +29,6 @@ PADDING = 0
 BATCH_SIZE = 32
 CALIBRATION_SENTENCES = 384
 HELD_OUT_SENTENCES = 300
-DOCSTRING_SENTENCES = 2500
 
 
 class SentenceEncoder(nn.Module):
@@ -68,7 +67,7 @@ def docstrings(seed: int = 0) -> list[str]:
     """More sentences to learn from, of the docstrings of Python's standard library."""
     known = set(shuffled_prose(topics.values(), seed))
     found = shuffled_prose(documentation(Path(sysconfig.get_path("stdlib"))), seed)
-    return [sentence for sentence in found if sentence not in known][:DOCSTRING_SENTENCES]
+    return [sentence for sentence in found if sentence not in known]
 
 
 @cache
