@@ -60,8 +60,8 @@ root mean square: a small alpha makes gamma huge, and no absolute rate suits bot
 
 RATE_WIDTH = 128
 """Wider matrices learn more slowly, like one over the square of their width: what Adam changes adds
-up over the channels. Of models of 64, 128 and 384 channels the first two want the full rate, and the
-last a ninth (docs/recovery.md); the least rate is that of usual fine-tuning."""
+up over the channels. Of models of 64, 128 and 384 channels the first two want the full rate, the
+last a ninth of it (docs/recovery.md); the least rate is that of usual fine-tuning."""
 
 LEAST_SIZE = {"alpha": 1e-4, "gamma": 1e-4, "beta": 0.3, "shift": 0.3, "": 0.02}
 """What a parameter's root mean square counts at least: a beta, or a bias, may begin at zero."""
