@@ -55,8 +55,8 @@ class Subject:
     """A trained model.
 
     batches: by seed, to fit on, and to learn from where `lessons` gives no more; compared: held-out
-    figures of a converted model beside the original, by seed; train: the script that makes the weights of another seed than 0,
-    None where they are a third party's.
+    figures of a converted model beside the original, by seed; train: the script that makes the
+    weights of another seed than 0, None where they are a third party's.
     """
 
     title: str
