@@ -67,7 +67,8 @@ def recover(
     """Train the converted model to agree with the original, on inputs without labels.
 
     result: what `convert` returned for a torch model; batches, seed: the same as there, so that
-    the figures in the report come from samples that took part in nothing. minutes: of wall time;
+    the figures in the report come from samples that took part in nothing; more batches serve
+    learning, but then the report counts some samples that the fits saw. minutes: of wall time;
     steps: a number of steps instead, which makes runs repeatable. train: "all" weights, or "dyt"
     for alpha, gamma and beta alone. metric: what the held-out error counts, and what is learned
     at the output; by default the report's; "top1" is learned by KL. staged: convert the sites
