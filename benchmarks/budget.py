@@ -73,12 +73,12 @@ class Run:
 class Fitted(Trials):
     """Trials that share their fits, which no metric and no budget has a part in."""
 
-    fits: dict[frozenset[str], Calibration]
+    fits: dict[Any, Calibration]
 
-    def _calibrated(self, names: Collection[str]) -> Calibration:
-        key = frozenset(names)
+    def _calibrated(self, names: Collection[str], **options: Any) -> Calibration:
+        key = frozenset(names), *sorted(options.items())
         if key not in self.fits:
-            self.fits[key] = super()._calibrated(names)
+            self.fits[key] = super()._calibrated(names, **options)
         return self.fits[key]
 
 
@@ -96,7 +96,7 @@ def runs(seed: int, metrics: Sequence[str]) -> Iterator[Run]:
     graph = capture(model, given[0], batches=given)
     found, output = match(graph), chosen_output(graph, None)
     sites = [site.name for site in found.sites]
-    shared: dict[frozenset[str], Calibration] = {}
+    shared: dict[Any, Calibration] = {}
     with Shelf(graph) as shelf:
         for metric in metrics:
             samples = split(graph, given, seed)
