@@ -84,15 +84,18 @@ def powers(coefficients: Array, limit: float) -> Array:
     return total[: len(coefficients)]
 
 
-def evaluate(z: Array, p: Array, q: Array) -> Array:
-    """z P(z²) / Q(z²) in float32, in the order in which the kernels compute it."""
+def evaluate(z: Array, p: Array, q: Array, *, fused: bool) -> Array:
+    """z P(z²) / Q(z²) in float32, in the order of the kernels; sums fused with products or not."""
+    wide = np.float64 if fused else np.float32  # a product of two float32 is exact in float64
+
+    def polynomial_of(s: Array, coefficients: Array) -> Array:
+        total = np.full_like(s, coefficients[-1])
+        for coefficient in coefficients[-2::-1]:
+            total = (total.astype(wide) * s.astype(wide) + wide(coefficient)).astype(np.float32)
+        return total
+
     s = z * z
-    top, bottom = (np.full_like(z, part[-1]) for part in (p, q))
-    for coefficient in p[-2::-1]:
-        top = top * s + coefficient
-    for coefficient in q[-2::-1]:
-        bottom = bottom * s + coefficient
-    return z * top / bottom
+    return z * polynomial_of(s, p) / polynomial_of(s, q)
 
 
 def settle(limit: float, p: Array, q: Array) -> tuple[Array, Array]:
@@ -101,7 +104,7 @@ def settle(limit: float, p: Array, q: Array) -> tuple[Array, Array]:
     z, highest = np.float32([limit]), q[-1:].view(np.int32).copy()
     for step in (sign * ulps for ulps in range(100) for sign in (1, -1)):
         q[-1:] = (highest + np.int32(step)).view(np.float32)
-        if evaluate(z, p, q)[0] == 1:
+        if all(evaluate(z, p, q, fused=fused)[0] == 1 for fused in (True, False)):
             return p, q
     raise ArithmeticError(f"1 is not met at {limit}")
 

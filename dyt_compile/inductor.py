@@ -7,11 +7,13 @@ eager torch, `torch.export` and ONNX never meet it. Gradients are those of tanh:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
+from torch._inductor import config
 from torch._inductor.lowering import make_pointwise, register_lowering
 from torch._inductor.virtualized import ops
 
@@ -20,23 +22,87 @@ from .dyt import DOMAIN
 __all__ = ["RATIONALS", "Rational", "tanh", "wide"]
 
 
+KNOWN_INSIDE = ("2.13", "2.14")
+"""Releases of torch that `_teach` was tested with; others compute the same in more instructions."""
+
+INSTRUCTIONS = {
+    "dyt_clip": ("at::vec::clamp({}, {}, {})", "std::min(std::max({}, {}), {})"),
+    "dyt_fma": ("at::vec::fmadd({}, {}, {})", "std::fma({}, {}, {})"),
+}
+"""What Inductor's C++ kernels are taught, for vectors and for single values: clip(z, low, high) and
+fma(a, b, c). Its minimum and maximum look for NaN, four instructions each; a clip is two, and keeps
+NaN by the order of its operands. Its products and sums are never fused.
+"""
+
+
+def _teach() -> bool:
+    """Teach Inductor the operations above; whether this torch is one that takes them."""
+    if ".".join(torch.__version__.split(".")[:2]) not in KNOWN_INSIDE:
+        return False
+    from torch._inductor.codegen.cpp import CppOverrides, CppVecOverrides
+    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
+    from torch._inductor.ops_handler import DefaultHandler
+
+    for name, codes in INSTRUCTIONS.items():
+        for kind, code in zip((CppVecOverrides, CppOverrides), codes, strict=True):
+            written = _written(code)
+            written.__name__ = name  # CppVecOverrides finds that of single values by it
+            setattr(kind, name, staticmethod(written))
+        setattr(DtypePropagationOpsHandler, name, staticmethod(lambda *values: torch.float32))
+        setattr(DefaultHandler, name, _handed_on(name))
+    return True
+
+
+def _written(code: str) -> Callable[..., str]:
+    return lambda *values: code.format(*values)
+
+
+def _handed_on(name: str) -> Callable[..., Any]:
+    return lambda self, *values: self._default(name, values, {})
+
+
+TAUGHT = _teach()
+
+
+def _clip(z: Any, lowest: float, highest: float) -> Any:
+    low, high = _constant(lowest), _constant(highest)
+    return ops.dyt_clip(z, low, high) if TAUGHT else ops.maximum(ops.minimum(z, high), low)
+
+
+def _fma(a: Any, b: Any, c: Any) -> Any:
+    return ops.dyt_fma(a, b, c) if TAUGHT else a * b + c
+
+
+def _constant(value: float) -> Any:
+    return ops.constant(value, torch.float32)
+
+
+def _polynomial(coefficients: tuple[float, ...], s: Any) -> Any:
+    """By Horner's rule; a highest coefficient of 1 costs nothing."""
+    *lower, second, highest = map(_constant, coefficients)
+    start = s + second if coefficients[-1] == 1 else _fma(highest, s, second)
+    return reduce(lambda total, coefficient: _fma(total, s, coefficient), reversed(lower), start)
+
+
 @dataclass(frozen=True)
 class Rational:
     """z P(z²) / Q(z²) for |z| up to `limit`, where it is 1, and ±1 beyond.
 
-    above, below: coefficients of P and Q, lowest power first; the highest of P is 1.
+    above, below: coefficients of P and Q, lowest power first; the highest of P is 1. capped: whether
+    a result that rounding lifts above 1 is cut, which rounding to 16 bits does by itself.
     """
 
     limit: float
     above: tuple[float, ...]
     below: tuple[float, ...]
+    capped: bool = False
 
     def __call__(self, z: Any) -> Any:
         """The value for a float32 z of Inductor. NaN stays NaN, and the sign of 0 what it is."""
-        limit = _constant(self.limit)
-        z = ops.maximum(ops.minimum(z, limit), _constant(-self.limit))
+        z = _clip(z, -self.limit, self.limit)
         square = z * z
-        return z * _polynomial(self.above, square) / _polynomial(self.below, square)
+        t = z * _polynomial(self.above, square) / _polynomial(self.below, square)
+        return _clip(t, -1.0, 1.0) if self.capped else t
 
 
 RATIONALS = {
@@ -54,6 +120,7 @@ RATIONALS = {
         8.6,
         (4.9436287e10, 6.39845837e9, 145659088.0, 469994.969, -668.539246, 1.0),
         (4.94362911e10, 2.28771983e10, 1.17991654e9, 11453460.0),
+        capped=True,
     ),
 }  # fmt: skip
 """By the dtype of the result, printed by `python -m benchmarks.tanh_fit`.
@@ -88,23 +155,14 @@ def wide(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _has_a_form(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type == "cuda" and dtype is torch.bfloat16 and torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) >= (7, 5)
-    return device.type == "cpu" and dtype in RATIONALS
-
-
-def _constant(value: float) -> Any:
-    return ops.constant(value, torch.float32)
-
-
-def _polynomial(coefficients: tuple[float, ...], s: Any) -> Any:
-    """By Horner's rule; a highest coefficient of 1 costs nothing."""
-    *lower, highest = coefficients
-    if highest == 1:
-        highest_two, lower = s + _constant(lower[-1]), lower[:-1]
-    else:
-        highest_two, lower = _constant(highest) * s + _constant(lower[-1]), lower[:-1]
-    return reduce(lambda total, c: total * s + _constant(c), reversed(lower), highest_two)
+    if device.type == "cpu":
+        return config.cpu_backend == "cpp" and dtype in RATIONALS
+    hardware = device.type == "cuda" and config.cuda_backend == "triton" and not torch.version.hip
+    return (
+        hardware
+        and dtype is torch.bfloat16
+        and torch.cuda.get_device_capability(device) >= (7, 5)
+    )
 
 
 _library = torch.library.Library(DOMAIN, "FRAGMENT")

@@ -26,9 +26,12 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _within_inductor() -> bool:
-    """Whether Inductor traces what runs now; its own state says so, once it is imported."""
+    """Whether Inductor traces what runs now: its own state says so, once it is imported.
+
+    Not where `torch.func` transforms it, which knows the operators of torch alone.
+    """
     virtualized = sys.modules.get("torch._inductor.virtualized")
-    if virtualized is None:
+    if virtualized is None or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     state = virtualized.V
     return state.aot_compilation or not isinstance(state.fake_mode, virtualized.NullHandler)
