@@ -33,9 +33,7 @@ SITES: dict[str, Site] = {
     "LayerNorm": lambda x, r, alpha, gamma, beta: layer_norm(x, gamma.shape, gamma, beta),
     "RMSNorm": lambda x, r, alpha, gamma, beta: rms_norm(x, gamma.shape, gamma),
     "DyT": lambda x, r, alpha, gamma, beta: torch.ops.dyt.DyT(x, alpha, gamma, beta),
-    "add + LayerNorm": lambda x, r, alpha, gamma, beta: layer_norm(
-        x + r, gamma.shape, gamma, beta
-    ),
+    "add + LayerNorm": lambda x, r, alpha, gamma, beta: layer_norm(x + r, gamma.shape, gamma, beta),
     "add + RMSNorm": lambda x, r, alpha, gamma, beta: rms_norm(x + r, gamma.shape, gamma),
     "add + DyT": lambda x, r, alpha, gamma, beta: torch.ops.dyt.DyT(x + r, alpha, gamma, beta),
 }

@@ -99,7 +99,7 @@ def evaluate(z: Array, p: Array, q: Array, *, fused: bool) -> Array:
 
 
 def settle(limit: float, p: Array, q: Array) -> tuple[Array, Array]:
-    """In float32; the highest coefficient of Q moved by ulps until 1 is met exactly at the limit."""
+    """In float32; the highest coefficient of Q moved by ulps until z = limit gives 1 exactly."""
     p, q = p.astype(np.float32), q.astype(np.float32)
     z, highest = np.float32([limit]), q[-1:].view(np.int32).copy()
     for step in (sign * ulps for ulps in range(100) for sign in (1, -1)):
