@@ -1,8 +1,9 @@
-"""One site alone, in torch: `python -m benchmarks.sites [--pairs N] [--threads N]`.
+"""One site alone, in torch: `python -m benchmarks.sites [--width N] [--runtime NAME]`.
 
 LayerNorm, RMSNorm, DyT, each with and without the residual add before it, and the bare add, which
 is the memory's limit: 4096 rows, compiled by Inductor and eager. All run in turns, so that what
-else runs on the machine slows all alike; a ratio is of two runs of the same turn.
+else runs on the machine slows all alike; a ratio is of two runs of the same turn. (Lower and upper
+quartile in brackets.)
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ SITES: dict[str, Site] = {
     "add + RMSNorm": lambda x, r, alpha, gamma, beta: rms_norm(x + r, gamma.shape, gamma),
     "add + DyT": lambda x, r, alpha, gamma, beta: torch.ops.dyt.DyT(x + r, alpha, gamma, beta),
 }
+RUNTIMES = ("Inductor", "eager")
 AGAINST = ("add", "add + LayerNorm", "add + RMSNorm")
 
 
@@ -82,11 +84,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--width", type=int, choices=WIDTHS, action="append")
+    parser.add_argument("--runtime", choices=RUNTIMES, action="append")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console(width=100)
     console.print(f"torch {torch.__version__}, {options.threads} threads, {options.pairs} turns")
-    for runtime in ("Inductor", "eager"):
+    for runtime in options.runtime or RUNTIMES:
         for width in options.width or WIDTHS:
             for dtype in DTYPES:
                 given = inputs(width, dtype)
