@@ -6,6 +6,7 @@ through them, so Inductor fuses them with their neighbours, while an exported gr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,21 +25,53 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _within_inductor() -> bool:
+    """Whether Inductor traces what runs now: its own state says so, once it is imported.
+
+    Not where `torch.func` transforms it, which knows the operators of torch alone.
+    """
+    virtualized = sys.modules.get("torch._inductor.virtualized")
+    if virtualized is None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    state = virtualized.V
+    return state.aot_compilation or not isinstance(state.fake_mode, virtualized.NullHandler)
+
+
+def _tanh(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """tanh; within Inductor in a faster form that is exact enough for `dtype`."""
+    if not _within_inductor():
+        return torch.tanh(z)
+    from . import inductor
+
+    return inductor.tanh(z, dtype)
+
+
+def _wide_parameter(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """gamma or beta in the dtype that DyT computes in."""
+    if not _within_inductor():
+        return _wide(value)
+    from . import inductor
+
+    return inductor.wide(value, x)
+
+
 def dyt(
     x: torch.Tensor, alpha: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor
 ) -> torch.Tensor:
     """gamma * tanh(alpha * x) + beta, computed in float32 at least, in the dtype of x."""
-    return (torch.tanh(alpha * _wide(x)) * _wide(gamma) + _wide(beta)).to(x.dtype)
+    t = _tanh(alpha * _wide(x), x.dtype)
+    return (t * _wide_parameter(gamma, x) + _wide_parameter(beta, x)).to(x.dtype)
 
 
 def dyt_scale(x: torch.Tensor, alpha: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """gamma * tanh(alpha * x), computed in float32 at least, in the dtype of x."""
-    return (torch.tanh(alpha * _wide(x)) * _wide(gamma)).to(x.dtype)
+    t = _tanh(alpha * _wide(x), x.dtype)
+    return (t * _wide_parameter(gamma, x)).to(x.dtype)
 
 
 def dyt_bare(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """tanh(alpha * x), computed in float32 at least, in the dtype of x."""
-    return torch.tanh(alpha * _wide(x)).to(x.dtype)
+    return _tanh(alpha * _wide(x), x.dtype).to(x.dtype)
 
 
 def derf(

@@ -18,6 +18,7 @@ ROOT = Path(dyt_compile.__file__).parent
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress"),
+    ("inductor",),
     ("terms", "batches", "files", "fits", "ridge", "metrics", "nn", "huggingface", "scatter"),
     ("sitefits",),
     (
@@ -48,7 +49,8 @@ LAYERS = (
 """Lowest first. A module, or all modules of a folder, may import its own layer and those below."""
 
 TORCH_AT_THE_TOP = {
-    "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo", "graphs.fx",
+    "inductor", "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo",
+    "graphs.fx",
     "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
     "graphs.fx_training", "losses", "checkpoints", "passes.recover", "training",
 }  # fmt: skip
