@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,26 +14,23 @@ from typing import Any
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
 from .data import SHARES, UNPLANNED, split, whole
-from .dyt import Refit
-from .errors import CalibrationError, DataError, OptionError
+from .errors import DataError, OptionError
+from .exclusion import candidates, patterns
 from .graphs.base import Batch, Graph
 from .metrics import Measurement, Metric, check_metric, named
-from .mixing import obstacle
 from .passes.calibrate import calibrate as fit_sites
-from .passes.calibrate import fingerprint
 from .passes.capture import capture
 from .passes.fold import Folded
 from .passes.fold import fold as fold_graph
 from .passes.match import match
-from .passes.plan import Attempt, Plan
 from .passes.rewrite import rewrite
 from .passes.verify import Reference, chosen_output
-from .projections import projections
 from .report import Report
 from .report.assembly import assemble
 from .report.records import FrontierPoint
+from .saved_fits import apply, of_model
 from .shelf import Shelf
-from .sites import Match, NormSite
+from .sites import Match
 from .survey import hardships, warning
 from .trials import Trials
 
@@ -173,7 +168,7 @@ def convert(
     _check_fit(fit)
     if frontier and mode == "exact":
         raise OptionError("frontier needs mode 'budget' or 'all': mode exact converts no norm")
-    exclude = _patterns(exclude)
+    exclude = patterns(exclude)
     clock = _Clock()
     with clock("capture"):
         args, kwargs = _example(example, batches)
@@ -189,9 +184,20 @@ def convert(
     with clock("match"):
         found = match(graph)
     if calibration is not None:
-        fits = _of_model(calibration, graph, found, exclude)
-        made = _applied(fits, graph, found, batches, metric, output, clock)
-        return _concluded(replace(made, probe=_probe(graph, args, kwargs)), fold)
+        fits = of_model(calibration, graph, found, exclude)
+        applied = apply(fits, graph, found, batches, metric, output, clock)
+        report = assemble(
+            graph,
+            found,
+            "calibration",
+            named(metric),
+            output,
+            measured=applied.measured if batches is not None else None,
+            planned=applied.planned,
+            seconds=clock.seconds,
+        )
+        probe = _probe(graph, args, kwargs)
+        return _concluded(Conversion(applied.graph, graph, found, fits, report, probe), fold)
     if mode == "exact" or batches is None:
         with clock("rewrite"):
             rewritten = rewrite(graph, found, None, ())
@@ -202,17 +208,17 @@ def convert(
     with Shelf(graph) as shelf:
         samples = split(graph, batches, seed, shares)
         trials = Trials(graph, found, samples, shelf, output, metric, seed, fit)
-        candidates = _candidates(found, exclude)
+        allowed = candidates(found, exclude)
         with clock("survey"):
             hard = hardships(found.sites, trials.survey())
-            if told := warning(hard, candidates):
+            if told := warning(hard, allowed):
                 logger.warning(told)
         with clock("calibrate, plan, verify"):
-            outcome = trials.all(candidates) if mode == "all" else trials.within(candidates, budget)
+            outcome = trials.all(allowed) if mode == "all" else trials.within(allowed, budget)
         points: tuple[FrontierPoint, ...] = ()
         if frontier:
             with clock("frontier"):
-                points = trials.frontier(candidates)
+                points = trials.frontier(allowed)
     limit = budget if mode == "budget" else None
     report = assemble(
         graph,
@@ -262,14 +268,14 @@ def calibrate(
         raise OptionError(f"activations is {activations!r}; allowed: {', '.join(ACTIVATIONS)}")
     _checked("all", batches, 1.0, "relative", seed)
     _check_fit(fit)
-    exclude = _patterns(exclude)
+    exclude = patterns(exclude)
     args, kwargs = _example(example, batches)
     graph = capture(
         model, args, kwargs, batches=batches, dynamic_shapes=dynamic_shapes, provider=provider
     )
     found = match(graph)
-    candidates = _candidates(found, exclude)
-    chosen = [s.name for s in found.sites if s.name in candidates or s.tied_to in candidates]
+    allowed = candidates(found, exclude)
+    chosen = [s.name for s in found.sites if s.name in allowed or s.tied_to in allowed]
     fitted = fit_sites(
         graph,
         found,
@@ -282,79 +288,6 @@ def calibrate(
     )
     able = (name for name in chosen if fitted.fits[name].parameters is not None)
     return replace(fitted, converted=frozenset(able))
-
-
-def _of_model(
-    calibration: Calibration | str | Path, graph: Graph, found: Match, exclude: Sequence[str]
-) -> Calibration:
-    """The calibration with the model's own names of its sites, less what is excluded."""
-    held = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-    difference = held.difference(fingerprint(graph, found))
-    if difference is not None:
-        raise CalibrationError(f"the calibration is of another model: {difference}")
-    lossy = {site.name: site for site in found.sites if not site.kind.lossless}
-    names = dict(zip(held.sketches(), lossy, strict=True))
-    fits = {names[name]: fit for name, fit in held.fits.items()}
-    converted = {names[n] for n in held.converted if not _excluded(names[n], exclude)}
-    for name in converted:
-        reason = None if fits[name].mix is None else obstacle(lossy[name], graph.outputs)
-        if reason is not None:
-            raise CalibrationError(f"site {name!r} cannot take up its full fit: {reason}")
-    refits = _moved(held, graph, [lossy[name] for name in lossy if name in converted])
-    return replace(held, fits=fits, converted=frozenset(converted), refits=refits)
-
-
-def _moved(held: Calibration, graph: Graph, converted: Sequence[NormSite]) -> dict[str, Refit]:
-    """The refits of a calibration by the model's own names of its weights."""
-    if not held.refits:
-        return {}
-    if len(converted) != len(held.converted):
-        raise CalibrationError(
-            "exclude leaves sites out that the calibration's refits of linear layers rest on; "
-            "calibrate anew with that exclude"
-        )
-    behind = projections(graph, converted)
-    found = {behind[r.place]: r for r in held.refits.values() if r.place < len(behind)}
-    for projection, refit in found.items():
-        wanted, held_shape = projection.shape, refit.mix.matrix.shape
-        if wanted != held_shape:
-            raise CalibrationError(
-                f"the refit of {projection.name!r} is of shape {held_shape}, not {wanted}"
-            )
-    if len(found) != len(held.refits):
-        raise CalibrationError("the calibration refits linear layers that the model does not have")
-    return {projection.name: refit for projection, refit in found.items()}
-
-
-def _applied(
-    fits: Calibration,
-    graph: Graph,
-    found: Match,
-    batches: Iterable[Any] | None,
-    metric: Metric,
-    output: str,
-    clock: _Clock,
-) -> Conversion:
-    """The conversion that a calibration says, measured where there are batches."""
-    with clock("rewrite"):
-        rewritten = rewrite(graph, found, fits, fits.converted)
-    measured = Measurement(math.nan, math.nan, 0)
-    if batches is not None:
-        with clock("verify"), Shelf(graph) as shelf:
-            samples = whole(graph, batches)
-            reference = Reference(graph, samples, shelf, output=output, metric=metric)
-            measured = reference.measure(rewritten)
-    report = assemble(
-        graph,
-        found,
-        "calibration",
-        named(metric),
-        output,
-        measured=measured if batches is not None else None,
-        planned=Plan(Attempt(fits.converted, fits, measured), {}),
-        seconds=clock.seconds,
-    )
-    return Conversion(rewritten, graph, found, fits, report)
 
 
 def _concluded(result: Conversion, fold: bool) -> Conversion:
@@ -434,40 +367,6 @@ def _checked(
 def _check_fit(fit: Any) -> None:
     if fit not in FITS:
         raise OptionError(f"fit is {fit!r}; allowed: {', '.join(FITS)}")
-
-
-def _patterns(exclude: Any) -> tuple[str, ...]:
-    """The regular expressions of `exclude`: a string is one, not an iterable of letters."""
-    patterns = (exclude,) if isinstance(exclude, str) else exclude
-    if not isinstance(patterns, Iterable):
-        raise OptionError(f"exclude is {exclude!r}; allowed: regular expressions, one or a list")
-    found = tuple(patterns)
-    for pattern in found:
-        _check_pattern(pattern)
-    return found
-
-
-def _check_pattern(pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise OptionError(f"exclude has {pattern!r}; allowed: strings, regular expressions")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise OptionError(f"exclude has {pattern!r}, no regular expression: {error}") from error
-
-
-def _candidates(found: Match, exclude: Sequence[str]) -> list[str]:
-    """The sites that may be converted; a module's first call stands for all of its calls."""
-    kept = {site.tied_to or site.name for site in found.sites if _excluded(site.name, exclude)}
-    return [
-        site.name
-        for site in found.sites
-        if not site.kind.lossless and site.tied_to is None and site.name not in kept
-    ]
-
-
-def _excluded(name: str, exclude: Sequence[str]) -> bool:
-    return any(re.search(pattern, name) for pattern in exclude)
 
 
 def _example(example: Any, batches: Iterable[Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
