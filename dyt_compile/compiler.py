@@ -50,7 +50,7 @@ class Conversion:
     model: an `nn.Module`, called like the original, or an `onnx_ir.Model`; graph: the same, as
     passes and exporters see it; original: the graph that it was made from; calibration: None in
     mode "exact"; probe: a batch on which an exporter checks what it wrote; folded: what went into
-    the weights, None where nothing was folded.
+    the weights, and unfolded: the graph before that, which `recover` trains; None without fold.
     """
 
     graph: Graph = field(repr=False)
@@ -60,6 +60,7 @@ class Conversion:
     report: Report
     probe: Batch | None = field(default=None, repr=False)
     folded: Folded | None = field(default=None, repr=False)
+    unfolded: Graph | None = field(default=None, repr=False)
 
     @property
     def model(self) -> Any:
@@ -118,8 +119,9 @@ def convert(
     exclude: str | Sequence[str] = (),
     seed: int = 0,
     provider: str = "cpu",
-    fold: bool = False,
+    fold: bool = True,
     fit: str = "auto",
+    affine: bool = False,
     frontier: bool = False,
     calibration: Calibration | str | Path | None = None,
 ) -> Conversion:
@@ -144,9 +146,15 @@ def convert(
     held-out rows. The report says which, and why not the other. "auto" also refits linear layers
     of post-norm models, where the residual reads a norm too: those that read such a norm, and
     those whose output is summed for a norm alone, each to put out what the original has there. A
-    layer without a bias gets one. fold: exact algebra afterwards, as in `fold`. frontier: measure
-    the error against the number of converted sites, too, for the report: at most 16 more
-    calibrations.
+    layer without a bias gets one. affine: a site may also become an affine map of what it reads, by
+    the same fits without tanh, where the weights of all its readers can take it up, so that no
+    operator is left. In mode "budget" the plan weighs both against what each costs at the output,
+    an affine map counting as two converted sites; in mode "all" it is taken where it fits held-out
+    rows no worse than DyT.
+
+    fold: exact algebra afterwards, as in `fold`: gamma and beta of DyT, and other scalars, go into
+    the weights beside them wherever they can. frontier: measure the error against the number of
+    converted sites, too, for the report: at most 16 more calibrations.
 
     Before anything is fitted, a warning of the logger "dyt_compile" names the sites that are known
     to be hard; the report's sites have the reasons as `hard`.
@@ -166,8 +174,9 @@ def convert(
         raise OptionError(f"mode is {mode!r}; a calibration says what it converts: leave out mode")
     mode = _checked(mode, batches, budget, metric, seed)
     _check_fit(fit)
-    if frontier and mode == "exact":
-        raise OptionError("frontier needs mode 'budget' or 'all': mode exact converts no norm")
+    for name, wanted in (("frontier", frontier), ("affine", affine)):
+        if wanted and (mode == "exact" or calibration is not None):
+            raise OptionError(f"{name} needs mode 'budget' or 'all': only those fit norms")
     exclude = patterns(exclude)
     clock = _Clock()
     with clock("capture"):
@@ -197,17 +206,17 @@ def convert(
             seconds=clock.seconds,
         )
         probe = _probe(graph, args, kwargs)
-        return _concluded(Conversion(applied.graph, graph, found, fits, report, probe), fold)
+        return concluded(Conversion(applied.graph, graph, found, fits, report, probe), fold)
     if mode == "exact" or batches is None:
         with clock("rewrite"):
             rewritten = rewrite(graph, found, None, ())
         report = assemble(graph, found, mode, named(metric), output, seconds=clock.seconds)
         probe = _probe(graph, args, kwargs)
-        return _concluded(Conversion(rewritten, graph, found, None, report, probe), fold)
+        return concluded(Conversion(rewritten, graph, found, None, report, probe), fold)
     shares = UNPLANNED if mode == "all" and not frontier else SHARES
     with Shelf(graph) as shelf:
         samples = split(graph, batches, seed, shares)
-        trials = Trials(graph, found, samples, shelf, output, metric, seed, fit)
+        trials = Trials(graph, found, samples, shelf, output, metric, seed, fit, affine=affine)
         allowed = candidates(found, exclude)
         with clock("survey"):
             hard = hardships(found.sites, trials.survey())
@@ -231,13 +240,14 @@ def convert(
         planned=outcome.planned,
         isolated=trials.isolated,
         hard=hard,
+        unaffine=trials.unaffine,
         frontier=points,
         seconds=clock.seconds,
     )
     chosen = outcome.planned.chosen
     kept = trials.isolated if chosen is None else chosen.calibration
     probe = _probe(graph, args, kwargs)
-    return _concluded(Conversion(outcome.graph, graph, found, kept, report, probe), fold)
+    return concluded(Conversion(outcome.graph, graph, found, kept, report, probe), fold)
 
 
 def calibrate(
@@ -290,12 +300,12 @@ def calibrate(
     return replace(fitted, converted=frozenset(able))
 
 
-def _concluded(result: Conversion, fold: bool) -> Conversion:
+def concluded(result: Conversion, fold: bool) -> Conversion:
     """The conversion with its graph folded, if that is wanted."""
     if not fold:
         return result
     folded = fold_graph(result.graph, match(result.graph))
-    return replace(result, graph=folded.graph, folded=folded)
+    return replace(result, graph=folded.graph, folded=folded, unfolded=result.graph)
 
 
 def compare(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .compiler import Conversion
+from .compiler import Conversion, concluded
 from .data import Part, pieces, split
 from .errors import OptionError
 from .graphs.base import Batch, Graph
@@ -76,15 +76,19 @@ def recover(
     checkpoint: a safetensors file, written as the run goes on; a run that was killed goes on from
     it when it is called again with the same arguments.
 
-    Returns a conversion with a model of its own; `result` and the original stay as they are. The
-    weights are those with the least held-out error, at worst the ones that came in. bfloat16 and
-    float16 weights are trained as float32 and rounded at the end. `calibration` is None: the
+    Returns a conversion with a model of its own, folded if `result` is: gamma and beta learn as
+    parameters of their own, and are folded at the end. `result` and the original stay as they are.
+    The weights are those with the least held-out error, at worst the ones that came in. bfloat16
+    and float16 weights are trained as float32 and rounded at the end. `calibration` is None: the
     model's values are no longer those of the fit.
 
     Raises OptionError (a result that came from an ONNX file, or in which no norm was converted),
     DataError, and CalibrationError for a checkpoint that is damaged or of another run.
     """
     metric = _checked(result, minutes, steps, train, staged, metric, seed)
+    fold = result.folded is not None
+    if result.unfolded is not None:
+        result = replace(result, graph=result.unfolded, folded=None, unfolded=None)
     from .passes.recover import Limit
     from .passes.recover import recover as learn
 
@@ -129,7 +133,7 @@ def recover(
         seconds={**result.report.seconds, "recover": round(recovered.seconds, 3)},
         recovery=told,
     )
-    return replace(result, graph=graph, calibration=None, report=report)
+    return concluded(replace(result, graph=graph, calibration=None, report=report), fold)
 
 
 def _checked(

@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .calibration import Calibration
+from .calibration import Calibration, SiteFit
 from .data import whole
 from .dyt import Refit
 from .errors import CalibrationError
 from .exclusion import excluded
 from .graphs.base import Graph
 from .metrics import Measurement, Metric
-from .mixing import obstacle
+from .mixing import obstacle, scaling_obstacle
 from .passes.calibrate import fingerprint
-from .passes.plan import Attempt, Plan
+from .passes.plan import Attempt, Choice, Plan
 from .passes.rewrite import rewrite
 from .passes.verify import Reference
 from .projections import projections
@@ -42,11 +42,19 @@ def of_model(
     fits = {names[name]: fit for name, fit in held.fits.items()}
     converted = {names[n] for n in held.converted if not excluded(names[n], exclude)}
     for name in converted:
-        reason = None if fits[name].mix is None else obstacle(lossy[name], graph.outputs)
+        reason = _obstacle(fits[name], lossy[name], graph)
         if reason is not None:
-            raise CalibrationError(f"site {name!r} cannot take up its full fit: {reason}")
+            what = "affine" if fits[name].affine else "full"
+            raise CalibrationError(f"site {name!r} cannot take up its {what} fit: {reason}")
     refits = _moved(held, graph, [lossy[name] for name in lossy if name in converted])
     return replace(held, fits=fits, converted=frozenset(converted), refits=refits)
+
+
+def _obstacle(fit: SiteFit, site: NormSite, graph: Graph) -> str | None:
+    """Why the readers of a site cannot take up what its fit leaves to them."""
+    if fit.mix is not None:
+        return obstacle(site, graph.outputs)
+    return scaling_obstacle(site) if fit.affine else None
 
 
 def _moved(held: Calibration, graph: Graph, converted: Sequence[NormSite]) -> dict[str, Refit]:
@@ -92,4 +100,4 @@ def apply(
             samples = whole(graph, batches)
             reference = Reference(graph, samples, shelf, output=output, metric=metric)
             measured = reference.measure(rewritten)
-    return Outcome(Plan(Attempt(fits.converted, fits, measured), {}), rewritten, measured)
+    return Outcome(Plan(Attempt(Choice(fits.converted), fits, measured), {}), rewritten, measured)
