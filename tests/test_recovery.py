@@ -212,6 +212,39 @@ def test_staged_run_converts_the_easy_sites_first(converted: Conversion) -> None
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("staged", [False, True])
+def test_recover_folds_what_was_folded(model: nn.Module, staged: bool) -> None:
+    loose, folded = (
+        recover(convert(model, _batches(), mode="all", fold=fold), _batches(), steps=30,
+                staged=staged, train="dyt")
+        for fold in (False, True)
+    )  # fmt: skip
+    assert loose.folded is None
+    assert folded.folded is not None
+    assert folded.folded.folded
+    assert len(_state(folded.model)) < len(_state(loose.model))
+    assert folded.report.error == loose.report.error  # the same training, before the fold
+    (tokens,) = _batches()[0]
+    with torch.no_grad():
+        y, expected = folded.model(tokens), loose.model(tokens)
+    assert float((y - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("staged", [False, True])
+def test_affine_sites_stay_so_when_the_rest_is_trained(model: nn.Module, staged: bool) -> None:
+    result = convert(model, _batches(), mode="budget", budget=5.0, affine=True)
+    assert result.report.affine > 0
+    found = recover(result, _batches(), steps=60, staged=staged)
+    assert found.report.affine == result.report.affine
+    left = [site.name for site in result.report.sites if not site.affine]
+    assert len(match(found.graph).sites) == len(left)
+    assert found.report.recovery is not None
+    assert found.report.error is not None
+    assert found.report.error < found.report.recovery.before
+
+
+@pytest.mark.core
 @pytest.mark.parametrize("evaluation", [3, 9, 13])
 @pytest.mark.parametrize("train", ["all", "dyt"])
 def test_killed_staged_run_goes_on_to_the_same_weights(
