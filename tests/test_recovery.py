@@ -72,7 +72,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def converted(model: nn.Module) -> Conversion:
     """All sites converted; to be read only."""
-    return convert(model, _batches(), mode="all", fit="diagonal")
+    return convert(model, _batches(), mode="all", fit="diagonal", fold=False)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
