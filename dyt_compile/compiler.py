@@ -164,8 +164,8 @@ def convert(
     all of them. It may have been made of the same model in another form (torch, ONNX) or dtype.
 
     The model itself stays as it is. The result's `model` has parameters of its own where a norm
-    was replaced or a weight took something up, and shares all other weights with the original: to change one and keep the other
-    (fine-tuning, moving it to another device), copy it first.
+    was replaced or a weight took something up, and shares all other weights with the original: to
+    change one and keep the other (fine-tuning, moving it to another device), copy it first.
 
     Raises OptionError, CaptureError, DataError, CalibrationError for a calibration of another
     model, and BudgetError if the error on the report samples exceeds the budget twice.

@@ -250,9 +250,14 @@ def _lesson(result: Conversion, train: str, metric: str, graph: Graph) -> Lesson
 
 
 def _pairs(original: Match, converted: Match, affine: Collection[str]) -> list[tuple[Value, Value]]:
-    """What the sites of both read, in execution order: the model's state between its blocks."""
+    """What the sites of both read, in execution order: the model's state between its blocks.
+
+    The same ones in every stage: affine sites, which the last one does without, are left out.
+    """
     known = _by_name(original, converted, affine)
-    found = [(s.input, known[s.name].input) for s in original.sites if s.name in known]
+    names = [site.name for site in original.sites if site.name not in affine]
+    inputs = {site.name: site.input for site in original.sites}
+    found = [(inputs[name], known[name].input) for name in names if name in known]
     return list({id(pair[0]): pair for pair in found}.values())
 
 

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 import dyt_compile
 from dyt_compile import Conversion, losses
 from dyt_compile.compiler import convert
+from dyt_compile.data import whole
 from dyt_compile.errors import CalibrationError, DataError, OptionError
 from dyt_compile.metrics import METRICS, Tally
 from dyt_compile.passes import recover as recover_pass
+from dyt_compile.passes.calibrate import calibrate
+from dyt_compile.passes.capture import capture
 from dyt_compile.passes.match import match
 from dyt_compile.progress import reporting
 from dyt_compile.recovery import _groups, _step_size, recover
@@ -213,35 +216,44 @@ def test_staged_run_converts_the_easy_sites_first(converted: Conversion) -> None
 
 @pytest.mark.core
 @pytest.mark.parametrize("staged", [False, True])
-def test_recover_folds_what_was_folded(model: nn.Module, staged: bool) -> None:
-    loose, folded = (
-        recover(convert(model, _batches(), mode="all", fold=fold), _batches(), steps=30,
-                staged=staged, train="dyt")
-        for fold in (False, True)
-    )  # fmt: skip
+def test_recover_folds_what_was_folded(
+    model: nn.Module, converted: Conversion, staged: bool
+) -> None:
+    batches = _batches()
+    options: dict[str, Any] = {"steps": 30, "staged": staged, "train": "dyt"}
+    loose = recover(converted, batches, **options)
+    folded = recover(convert(model, batches, mode="all", fit="diagonal"), batches, **options)
     assert loose.folded is None
     assert folded.folded is not None
-    assert folded.folded.folded
+    assert {entry.what for entry in folded.folded.folded} == {"beta", "gamma"}
     assert len(_state(folded.model)) < len(_state(loose.model))
     assert folded.report.error == loose.report.error  # the same training, before the fold
-    (tokens,) = _batches()[0]
+    (tokens,) = batches[0]
     with torch.no_grad():
         y, expected = folded.model(tokens), loose.model(tokens)
     assert float((y - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("staged", [False, True])
-def test_affine_sites_stay_so_when_the_rest_is_trained(model: nn.Module, staged: bool) -> None:
-    result = convert(model, _batches(), mode="budget", budget=5.0, affine=True)
-    assert result.report.affine > 0
-    found = recover(result, _batches(), steps=60, staged=staged)
-    assert found.report.affine == result.report.affine
-    left = [site.name for site in result.report.sites if not site.affine]
-    assert len(match(found.graph).sites) == len(left)
-    assert found.report.recovery is not None
-    assert found.report.error is not None
-    assert found.report.error < found.report.recovery.before
+@pytest.mark.parametrize("affine", [["blocks.0.norm"], ["blocks.0.norm", "blocks.1.norm"]])
+def test_affine_sites_stay_so_when_the_rest_is_trained(model: nn.Module, affine: list[str]) -> None:
+    batches = _batches()
+    graph = capture(model, batches[0], {}, batches=batches)
+    found = match(graph)
+    fits = calibrate(
+        graph, found, whole(graph, batches), convert=[site.name for site in found.sites], seed=0,
+        squashes=dict.fromkeys(affine, ("identity",)),
+    )  # fmt: skip
+    result = convert(model, batches, calibration=fits)
+    assert [site.name for site in result.report.sites if site.affine] == affine
+    assert _groups(result)[-1] >= set(affine)
+    for staged in (False, True):
+        trained = recover(result, batches, steps=60, staged=staged)
+        assert trained.report.affine == len(affine)
+        assert len(match(trained.graph).sites) == len(found.sites) - len(affine)
+        assert trained.report.recovery is not None
+        assert trained.report.error is not None
+        assert trained.report.error < trained.report.recovery.before
 
 
 @pytest.mark.core
