@@ -233,7 +233,12 @@ def _cards(report: Report, exported: OnnxExport | None) -> list[dict[str, str]]:
     """What stands large at the top: label, value, note."""
     kept = Counter(site.reason for site in report.sites if not site.converted)
     reasons = "; ".join(f"{count} {reason}" for reason, count in kept.most_common())
-    cards = [("DyT", f"{report.converted} of {len(report.sites)}", "sites of the model")]
+    dyt = report.converted - report.affine
+    cards = [("DyT", f"{dyt} of {len(report.sites)}", "sites of the model")]
+    if report.affine:
+        cards.append(
+            ("Affine", str(report.affine), "in the weights behind, and nothing else is left")
+        )
     if report.sites:
         cards.append(("Keep their norm", str(kept.total()), reasons or "none"))
     if report.error is not None:
