@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import dyt_compile
@@ -24,7 +26,8 @@ from dyt_compile.mixing import scaling_obstacle
 from dyt_compile.passes.capture import capture
 from dyt_compile.passes.match import match
 from dyt_compile.passes.rewrite import rewrite
-from dyt_compile.report.terminal import headline
+from dyt_compile.report.html import page
+from dyt_compile.report.terminal import headline, report_table
 from dyt_compile.ridge import FullFit, fit_full
 
 from .test_mixing import (
@@ -187,6 +190,12 @@ def test_site_whose_norm_is_nearly_affine_becomes_affine(
     assert written.export_error < 1e-5
     told = json.loads(result.report.to_json())
     assert (told["affine"], told["sites"][0]["affine"]) == (1, True)
+    assert '"now":"affine"' in page(result.report)
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(report_table(result.report))
+    shown = console.export_text()
+    assert "affine" in shown.split("\n\n")[0]
+    assert ("affine alone" in shown) == (options["mode"] == "budget")
 
 
 def test_without_affine_no_site_is_one() -> None:
