@@ -24,10 +24,10 @@ from .sites import NormKind
 
 __all__ = ["Calibration", "SiteFit", "SiteSketch", "digest", "near", "sketch"]
 
-VERSION = 3
-READABLE = (1, 2, VERSION)
-"""Version 1 had no mixes, version 2 no refits and no sums; who reads those alone must not take a
-part of a fit for the whole."""
+VERSION = 4
+READABLE = (1, 2, 3, VERSION)
+"""Version 1 had no mixes, version 2 no refits and no sums, version 3 no affine fits; who
+reads those alone must not take a part of a fit for the whole."""
 
 REFIT = "refit:"
 """Before the names of weights, so that they are never those of sites."""
@@ -243,6 +243,8 @@ def _fit(name: str, figures: dict[str, Any], arrays: Mapping[str, Any]) -> SiteF
     if squash is None:
         return SiteFit(None, **figures)
     values = {p: arrays[f"{name}/{p}"] for p in PARAMETERS if f"{name}/{p}" in arrays}
+    if squash != "identity" and "alpha" not in values:
+        raise CalibrationError(f"site {name!r} has no alpha")
     mix = _mix(name, arrays) if f"{name}/matrix" in arrays else None
     return SiteFit(DytParameters(squash=squash, **values), mix=mix, **figures)
 

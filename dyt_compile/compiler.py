@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,26 +14,23 @@ from typing import Any
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
 from .data import SHARES, UNPLANNED, split, whole
-from .dyt import Refit
-from .errors import CalibrationError, DataError, OptionError
+from .errors import DataError, OptionError
+from .exclusion import candidates, patterns
 from .graphs.base import Batch, Graph
 from .metrics import Measurement, Metric, check_metric, named
-from .mixing import obstacle
 from .passes.calibrate import calibrate as fit_sites
-from .passes.calibrate import fingerprint
 from .passes.capture import capture
 from .passes.fold import Folded
 from .passes.fold import fold as fold_graph
 from .passes.match import match
-from .passes.plan import Attempt, Plan
 from .passes.rewrite import rewrite
 from .passes.verify import Reference, chosen_output
-from .projections import projections
 from .report import Report
 from .report.assembly import assemble
 from .report.records import FrontierPoint
+from .saved_fits import apply, of_model
 from .shelf import Shelf
-from .sites import Match, NormSite
+from .sites import Match
 from .survey import hardships, warning
 from .trials import Trials
 
@@ -55,7 +50,7 @@ class Conversion:
     model: an `nn.Module`, called like the original, or an `onnx_ir.Model`; graph: the same, as
     passes and exporters see it; original: the graph that it was made from; calibration: None in
     mode "exact"; probe: a batch on which an exporter checks what it wrote; folded: what went into
-    the weights, None where nothing was folded.
+    the weights, and unfolded: the graph before that, which `recover` trains; None without fold.
     """
 
     graph: Graph = field(repr=False)
@@ -65,6 +60,7 @@ class Conversion:
     report: Report
     probe: Batch | None = field(default=None, repr=False)
     folded: Folded | None = field(default=None, repr=False)
+    unfolded: Graph | None = field(default=None, repr=False)
 
     @property
     def model(self) -> Any:
@@ -123,8 +119,9 @@ def convert(
     exclude: str | Sequence[str] = (),
     seed: int = 0,
     provider: str = "cpu",
-    fold: bool = False,
+    fold: bool = True,
     fit: str = "auto",
+    affine: bool = False,
     frontier: bool = False,
     calibration: Calibration | str | Path | None = None,
 ) -> Conversion:
@@ -149,9 +146,15 @@ def convert(
     held-out rows. The report says which, and why not the other. "auto" also refits linear layers
     of post-norm models, where the residual reads a norm too: those that read such a norm, and
     those whose output is summed for a norm alone, each to put out what the original has there. A
-    layer without a bias gets one. fold: exact algebra afterwards, as in `fold`. frontier: measure
-    the error against the number of converted sites, too, for the report: at most 16 more
-    calibrations.
+    layer without a bias gets one. affine: a site may also become an affine map of what it reads, by
+    the same fits without tanh, where the weights of all its readers can take it up, so that no
+    operator is left. In mode "budget" the plan weighs both against what each costs at the output,
+    an affine map counting as two converted sites; in mode "all" it is taken where it fits held-out
+    rows no worse than DyT.
+
+    fold: exact algebra afterwards, as in `fold`: gamma and beta of DyT, and other scalars, go into
+    the weights beside them wherever they can. frontier: measure the error against the number of
+    converted sites, too, for the report: at most 16 more calibrations.
 
     Before anything is fitted, a warning of the logger "dyt_compile" names the sites that are known
     to be hard; the report's sites have the reasons as `hard`.
@@ -161,8 +164,8 @@ def convert(
     all of them. It may have been made of the same model in another form (torch, ONNX) or dtype.
 
     The model itself stays as it is. The result's `model` has parameters of its own where a norm
-    was replaced, and shares all other weights with the original: to change one and keep the other
-    (fine-tuning, moving it to another device), copy it first.
+    was replaced or a weight took something up, and shares all other weights with the original: to
+    change one and keep the other (fine-tuning, moving it to another device), copy it first.
 
     Raises OptionError, CaptureError, DataError, CalibrationError for a calibration of another
     model, and BudgetError if the error on the report samples exceeds the budget twice.
@@ -171,9 +174,10 @@ def convert(
         raise OptionError(f"mode is {mode!r}; a calibration says what it converts: leave out mode")
     mode = _checked(mode, batches, budget, metric, seed)
     _check_fit(fit)
-    if frontier and mode == "exact":
-        raise OptionError("frontier needs mode 'budget' or 'all': mode exact converts no norm")
-    exclude = _patterns(exclude)
+    for name, wanted in (("frontier", frontier), ("affine", affine)):
+        if wanted and (mode == "exact" or calibration is not None):
+            raise OptionError(f"{name} needs mode 'budget' or 'all': only those fit norms")
+    exclude = patterns(exclude)
     clock = _Clock()
     with clock("capture"):
         args, kwargs = _example(example, batches)
@@ -189,30 +193,41 @@ def convert(
     with clock("match"):
         found = match(graph)
     if calibration is not None:
-        fits = _of_model(calibration, graph, found, exclude)
-        made = _applied(fits, graph, found, batches, metric, output, clock)
-        return _concluded(replace(made, probe=_probe(graph, args, kwargs)), fold)
+        fits = of_model(calibration, graph, found, exclude)
+        applied = apply(fits, graph, found, batches, metric, output, clock)
+        report = assemble(
+            graph,
+            found,
+            "calibration",
+            named(metric),
+            output,
+            measured=applied.measured if batches is not None else None,
+            planned=applied.planned,
+            seconds=clock.seconds,
+        )
+        probe = _probe(graph, args, kwargs)
+        return concluded(Conversion(applied.graph, graph, found, fits, report, probe), fold)
     if mode == "exact" or batches is None:
         with clock("rewrite"):
             rewritten = rewrite(graph, found, None, ())
         report = assemble(graph, found, mode, named(metric), output, seconds=clock.seconds)
         probe = _probe(graph, args, kwargs)
-        return _concluded(Conversion(rewritten, graph, found, None, report, probe), fold)
+        return concluded(Conversion(rewritten, graph, found, None, report, probe), fold)
     shares = UNPLANNED if mode == "all" and not frontier else SHARES
     with Shelf(graph) as shelf:
         samples = split(graph, batches, seed, shares)
-        trials = Trials(graph, found, samples, shelf, output, metric, seed, fit)
-        candidates = _candidates(found, exclude)
+        trials = Trials(graph, found, samples, shelf, output, metric, seed, fit, affine=affine)
+        allowed = candidates(found, exclude)
         with clock("survey"):
             hard = hardships(found.sites, trials.survey())
-            if told := warning(hard, candidates):
+            if told := warning(hard, allowed):
                 logger.warning(told)
         with clock("calibrate, plan, verify"):
-            outcome = trials.all(candidates) if mode == "all" else trials.within(candidates, budget)
+            outcome = trials.all(allowed) if mode == "all" else trials.within(allowed, budget)
         points: tuple[FrontierPoint, ...] = ()
         if frontier:
             with clock("frontier"):
-                points = trials.frontier(candidates)
+                points = trials.frontier(allowed)
     limit = budget if mode == "budget" else None
     report = assemble(
         graph,
@@ -225,13 +240,14 @@ def convert(
         planned=outcome.planned,
         isolated=trials.isolated,
         hard=hard,
+        unaffine=trials.unaffine,
         frontier=points,
         seconds=clock.seconds,
     )
     chosen = outcome.planned.chosen
     kept = trials.isolated if chosen is None else chosen.calibration
     probe = _probe(graph, args, kwargs)
-    return _concluded(Conversion(outcome.graph, graph, found, kept, report, probe), fold)
+    return concluded(Conversion(outcome.graph, graph, found, kept, report, probe), fold)
 
 
 def calibrate(
@@ -262,14 +278,14 @@ def calibrate(
         raise OptionError(f"activations is {activations!r}; allowed: {', '.join(ACTIVATIONS)}")
     _checked("all", batches, 1.0, "relative", seed)
     _check_fit(fit)
-    exclude = _patterns(exclude)
+    exclude = patterns(exclude)
     args, kwargs = _example(example, batches)
     graph = capture(
         model, args, kwargs, batches=batches, dynamic_shapes=dynamic_shapes, provider=provider
     )
     found = match(graph)
-    candidates = _candidates(found, exclude)
-    chosen = [s.name for s in found.sites if s.name in candidates or s.tied_to in candidates]
+    allowed = candidates(found, exclude)
+    chosen = [s.name for s in found.sites if s.name in allowed or s.tied_to in allowed]
     fitted = fit_sites(
         graph,
         found,
@@ -284,85 +300,12 @@ def calibrate(
     return replace(fitted, converted=frozenset(able))
 
 
-def _of_model(
-    calibration: Calibration | str | Path, graph: Graph, found: Match, exclude: Sequence[str]
-) -> Calibration:
-    """The calibration with the model's own names of its sites, less what is excluded."""
-    held = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-    difference = held.difference(fingerprint(graph, found))
-    if difference is not None:
-        raise CalibrationError(f"the calibration is of another model: {difference}")
-    lossy = {site.name: site for site in found.sites if not site.kind.lossless}
-    names = dict(zip(held.sketches(), lossy, strict=True))
-    fits = {names[name]: fit for name, fit in held.fits.items()}
-    converted = {names[n] for n in held.converted if not _excluded(names[n], exclude)}
-    for name in converted:
-        reason = None if fits[name].mix is None else obstacle(lossy[name], graph.outputs)
-        if reason is not None:
-            raise CalibrationError(f"site {name!r} cannot take up its full fit: {reason}")
-    refits = _moved(held, graph, [lossy[name] for name in lossy if name in converted])
-    return replace(held, fits=fits, converted=frozenset(converted), refits=refits)
-
-
-def _moved(held: Calibration, graph: Graph, converted: Sequence[NormSite]) -> dict[str, Refit]:
-    """The refits of a calibration by the model's own names of its weights."""
-    if not held.refits:
-        return {}
-    if len(converted) != len(held.converted):
-        raise CalibrationError(
-            "exclude leaves sites out that the calibration's refits of linear layers rest on; "
-            "calibrate anew with that exclude"
-        )
-    behind = projections(graph, converted)
-    found = {behind[r.place]: r for r in held.refits.values() if r.place < len(behind)}
-    for projection, refit in found.items():
-        wanted, held_shape = projection.shape, refit.mix.matrix.shape
-        if wanted != held_shape:
-            raise CalibrationError(
-                f"the refit of {projection.name!r} is of shape {held_shape}, not {wanted}"
-            )
-    if len(found) != len(held.refits):
-        raise CalibrationError("the calibration refits linear layers that the model does not have")
-    return {projection.name: refit for projection, refit in found.items()}
-
-
-def _applied(
-    fits: Calibration,
-    graph: Graph,
-    found: Match,
-    batches: Iterable[Any] | None,
-    metric: Metric,
-    output: str,
-    clock: _Clock,
-) -> Conversion:
-    """The conversion that a calibration says, measured where there are batches."""
-    with clock("rewrite"):
-        rewritten = rewrite(graph, found, fits, fits.converted)
-    measured = Measurement(math.nan, math.nan, 0)
-    if batches is not None:
-        with clock("verify"), Shelf(graph) as shelf:
-            samples = whole(graph, batches)
-            reference = Reference(graph, samples, shelf, output=output, metric=metric)
-            measured = reference.measure(rewritten)
-    report = assemble(
-        graph,
-        found,
-        "calibration",
-        named(metric),
-        output,
-        measured=measured if batches is not None else None,
-        planned=Plan(Attempt(fits.converted, fits, measured), {}),
-        seconds=clock.seconds,
-    )
-    return Conversion(rewritten, graph, found, fits, report)
-
-
-def _concluded(result: Conversion, fold: bool) -> Conversion:
+def concluded(result: Conversion, fold: bool) -> Conversion:
     """The conversion with its graph folded, if that is wanted."""
     if not fold:
         return result
     folded = fold_graph(result.graph, match(result.graph))
-    return replace(result, graph=folded.graph, folded=folded)
+    return replace(result, graph=folded.graph, folded=folded, unfolded=result.graph)
 
 
 def compare(
@@ -434,40 +377,6 @@ def _checked(
 def _check_fit(fit: Any) -> None:
     if fit not in FITS:
         raise OptionError(f"fit is {fit!r}; allowed: {', '.join(FITS)}")
-
-
-def _patterns(exclude: Any) -> tuple[str, ...]:
-    """The regular expressions of `exclude`: a string is one, not an iterable of letters."""
-    patterns = (exclude,) if isinstance(exclude, str) else exclude
-    if not isinstance(patterns, Iterable):
-        raise OptionError(f"exclude is {exclude!r}; allowed: regular expressions, one or a list")
-    found = tuple(patterns)
-    for pattern in found:
-        _check_pattern(pattern)
-    return found
-
-
-def _check_pattern(pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise OptionError(f"exclude has {pattern!r}; allowed: strings, regular expressions")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise OptionError(f"exclude has {pattern!r}, no regular expression: {error}") from error
-
-
-def _candidates(found: Match, exclude: Sequence[str]) -> list[str]:
-    """The sites that may be converted; a module's first call stands for all of its calls."""
-    kept = {site.tied_to or site.name for site in found.sites if _excluded(site.name, exclude)}
-    return [
-        site.name
-        for site in found.sites
-        if not site.kind.lossless and site.tied_to is None and site.name not in kept
-    ]
-
-
-def _excluded(name: str, exclude: Sequence[str]) -> bool:
-    return any(re.search(pattern, name) for pattern in exclude)
 
 
 def _example(example: Any, batches: Iterable[Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

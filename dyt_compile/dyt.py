@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ __all__ = [
     "FORMS",
     "FUSED",
     "PARAMETERS",
+    "SQUASHES",
     "VERSION",
     "DytParameters",
     "Form",
@@ -95,6 +96,11 @@ FUSED = {
 
 PARAMETERS = ("alpha", "shift", "gamma", "beta")
 
+AFFINE, IDENTITY = (
+    Form("Affine", ("gamma", "beta"), "identity"), Form("Identity", (), "identity")
+)  # fmt: skip
+"""Forms of no operator: weights take up such a site, and its readers read what it read."""
+
 
 @dataclass(frozen=True, eq=False)
 class DytParameters:
@@ -102,16 +108,24 @@ class DytParameters:
 
     alpha: float32, shape [1] or one that broadcasts against x; shift: the same, Derf only.
     gamma, beta: float32, broadcast against x, or None where the operator has none.
+    squash: a key of `SQUASHES`; with "identity", alpha is 1 and no parameter.
     """
 
-    alpha: Array
+    alpha: Array = field(default_factory=lambda: np.ones(1, np.float32))
     gamma: Array | None = None
     beta: Array | None = None
     shift: Array | None = None
     squash: str = "tanh"
 
+    @property
+    def affine(self) -> bool:
+        """Whether the values are those of gamma * x + beta, without any tanh."""
+        return self.squash == "identity"
+
     def form(self) -> Form:
         """The smallest form that holds these values."""
+        if self.affine:
+            return IDENTITY if self.gamma is None and self.beta is None else AFFINE
         if self.squash == "erf":
             return FORMS["Derf"]
         if self.beta is not None:
@@ -136,8 +150,9 @@ class DytParameters:
 class Mix:
     """An affine map over channels, y = x matrix + offset, that weights take up.
 
-    Behind a bare DyT its readers do: x is tanh(alpha ...). matrix: float32 [channels of x, channels
-    of y]; offset: float32 [channels of y]. They are 4 C (C + 1) bytes for C channels of both.
+    Behind a bare DyT its readers do: x is tanh(alpha ...); or what the site reads, itself. matrix:
+    float32 [channels of x, channels of y]; offset: float32 [channels of y]. They are 4 C (C + 1)
+    bytes for C channels of both.
     """
 
     matrix: Array
@@ -166,11 +181,10 @@ class Refit:
 
 def evaluate(parameters: DytParameters, x: Array) -> Array:
     """gamma * squash(alpha * x + shift) + beta, in the dtype that NumPy's promotion gives."""
-    squash: Callable[[Array], Array] = np.tanh if parameters.squash == "tanh" else _erf
     argument = parameters.alpha * x
     if parameters.shift is not None:
         argument = argument + parameters.shift
-    y = squash(argument)
+    y = SQUASHES[parameters.squash](argument)
     if parameters.gamma is not None:
         y = y * parameters.gamma
     return y if parameters.beta is None else y + parameters.beta
@@ -210,3 +224,9 @@ def _erf(x: Array) -> Array:
 
     values = np.fromiter(map(erf, np.ravel(x).tolist()), np.float64, np.size(x))
     return values.reshape(np.shape(x)).astype(np.asarray(x).dtype)
+
+
+SQUASHES: dict[str, Callable[[Array], Array]] = {
+    "tanh": np.tanh, "erf": _erf, "identity": np.asarray
+}  # fmt: skip
+"""DyT's, Derf's, and that of sites without either, which are affine in what they read."""

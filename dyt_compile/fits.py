@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .dyt import DytParameters, evaluate
+from .dyt import SQUASHES, DytParameters, evaluate
 
 __all__ = [
     "NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "fit_diagonal", "inverse", "relative_error",
@@ -124,11 +124,12 @@ def _reorder(array: Array, order: Places) -> None:
         block[:] = block[order]
 
 
-def fit_diagonal(x: Array, y: Array) -> Fit | str:
-    """gamma * tanh(alpha * x) + beta closest to y in squares, alpha one number for all channels.
+def fit_diagonal(x: Array, y: Array, squash: str = "tanh") -> Fit | str:
+    """gamma * squash(alpha * x) + beta closest to y in squares, alpha one number for all channels.
 
-    x, y: float32 [rows, channels]. For each alpha, gamma and beta are the regression of y on
-    tanh(alpha x), channel by channel. Returns the reason where there is nothing to fit.
+    x, y: float32 [rows, channels]. squash: "tanh", or "identity", where alpha is 1. For each alpha,
+    gamma and beta are the regression of y on the squashed x, channel by channel. Returns the reason
+    where there is nothing to fit.
     """
     if len(x) < 2 * HELD_OUT:
         return f"{len(x)} rows of activations are too few to fit; at least {2 * HELD_OUT}"
@@ -137,11 +138,13 @@ def fit_diagonal(x: Array, y: Array) -> Fit | str:
     scale = typical(x)
     if scale is None:
         return "its input does not vary over the data"
-    alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale)
+    alpha = 1.0
+    if squash != "identity":
+        alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale, squash)
     held = np.arange(len(x)) % HELD_OUT == 0
-    trial = _regress(x[~held], y[~held], alpha)
-    error = relative_error(_parameters(alpha, trial), x[held], y[held])
-    return Fit(_parameters(alpha, _regress(x, y, alpha)), error)
+    trial = _parameters(_regress(x[~held], y[~held], alpha, squash), alpha, squash)
+    error = relative_error(trial, x[held], y[held])
+    return Fit(_parameters(_regress(x, y, alpha, squash), alpha, squash), error)
 
 
 def typical(x: Array) -> float | None:
@@ -191,18 +194,19 @@ class _Regression:
     residue: float
 
 
-def _parameters(alpha: float, regression: _Regression) -> DytParameters:
+def _parameters(regression: _Regression, alpha: float, squash: str) -> DytParameters:
     return DytParameters(
         alpha=np.array([alpha], np.float32),
         gamma=regression.gamma.astype(np.float32),
         beta=regression.beta.astype(np.float32),
+        squash=squash,
     )
 
 
-def _best_alpha(x: Array, y: Array, scale: float) -> float:
+def _best_alpha(x: Array, y: Array, scale: float, squash: str) -> float:
     grid = np.geomspace(LOWEST, HIGHEST, COARSE) / scale
     for count in (FINE, 0):
-        residues = [_regress(x, y, float(alpha)).residue for alpha in grid]
+        residues = [_regress(x, y, float(alpha), squash).residue for alpha in grid]
         best = int(np.argmin(residues))
         if not count:
             break
@@ -210,8 +214,8 @@ def _best_alpha(x: Array, y: Array, scale: float) -> float:
     return float(grid[best])
 
 
-def _regress(x: Array, y: Array, alpha: float) -> _Regression:
-    t = np.tanh(np.float32(alpha) * x)
+def _regress(x: Array, y: Array, alpha: float, squash: str) -> _Regression:
+    t = SQUASHES[squash](np.float32(alpha) * x)
     mean_t, mean_y = t.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)
     t -= mean_t.astype(np.float32)  # moments of centred values lose no digits
     centred = y - mean_y.astype(np.float32)

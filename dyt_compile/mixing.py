@@ -1,4 +1,4 @@
-"""Which weights can take up a matrix over the channels of a site's output, exactly.
+"""Which weights can take up an affine map of the channels of a site's output, exactly.
 
 Where every reader is a product with a constant weight, reached through nothing but what commutes
 with a map of the channels (a mean or a slice over tokens, a view, a transpose), a full matrix costs
@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from .channels import Array, Kind, Stop, Uptake, Weights, against_weight, carried, narrowed
-from .dyt import Mix
+from .dyt import DytParameters, Mix
 from .producers import Change, changes
 from .sites import NormSite
 from .terms import Value
 
-__all__ = ["changes_for", "obstacle"]
+__all__ = ["changes_for", "obstacle", "scaling_changes", "scaling_obstacle"]
 
 
 def obstacle(site: NormSite, outputs: Mapping[str, Value]) -> str | None:
@@ -36,6 +36,29 @@ def obstacle(site: NormSite, outputs: Mapping[str, Value]) -> str | None:
         if kind is Kind.MATRIX and any(_axis(uptake, site) is None for uptake in found):
             return "a reader takes its channels apart"
     return None
+
+
+def scaling_obstacle(site: NormSite) -> str | None:
+    """Why the readers of a site cannot take up a gamma and a beta, None where they can."""
+    return None if {"gamma", "beta"} <= set(site.folds) else site.unfolded
+
+
+def scaling_changes(
+    site: NormSite, parameters: DytParameters, outputs: Mapping[str, Value], weights: Weights
+) -> tuple[Change, ...]:
+    """What the readers of a site change to take up its gamma and its beta.
+
+    weights: those that beta meets. Raises ValueError where there is an obstacle.
+    """
+    made: list[Change] = []
+    named = parameters.named()
+    for name, kind in (("beta", Kind.SHIFT), ("gamma", Kind.SCALE)):
+        array = named[name].astype(np.float64)
+        reached = carried(site.output, array, kind, outputs, weights)
+        if isinstance(reached, Stop):
+            raise ValueError(f"{site.name} has readers that take up no {name}: {reached.cause}")
+        made += [change for uptake in reached for change in changes(uptake, kind, weights)]
+    return tuple(made)
 
 
 def changes_for(

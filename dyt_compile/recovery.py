@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .compiler import Conversion
+from .compiler import Conversion, concluded
 from .data import Part, pieces, split
 from .errors import OptionError
 from .graphs.base import Batch, Graph
@@ -21,9 +21,9 @@ from .passes.calibrate import calibrate
 from .passes.match import match
 from .passes.rewrite import rewrite
 from .passes.verify import Reference
-from .report.records import Recovery, Report
+from .report.records import Recovery
 from .shelf import Kept, Shelf
-from .sites import Match
+from .sites import Match, NormSite
 from .terms import Value
 
 if TYPE_CHECKING:
@@ -77,15 +77,19 @@ def recover(
     checkpoint: a safetensors file, written as the run goes on; a run that was killed goes on from
     it when it is called again with the same arguments.
 
-    Returns a conversion with a model of its own; `result` and the original stay as they are. The
-    weights are those with the least held-out error, at worst the ones that came in. bfloat16 and
-    float16 weights are trained as float32 and rounded at the end. `calibration` is None: the
+    Returns a conversion with a model of its own, folded if `result` is: gamma and beta learn as
+    parameters of their own, and are folded at the end. `result` and the original stay as they are.
+    The weights are those with the least held-out error, at worst the ones that came in. bfloat16
+    and float16 weights are trained as float32 and rounded at the end. `calibration` is None: the
     model's values are no longer those of the fit.
 
     Raises OptionError (a result that came from an ONNX file, or in which no norm was converted),
     DataError, and CalibrationError for a checkpoint that is damaged or of another run.
     """
     metric = _checked(result, minutes, steps, train, staged, metric, seed)
+    fold = result.folded is not None
+    if result.unfolded is not None:
+        result = replace(result, graph=result.unfolded, folded=None, unfolded=None)
     from .passes.recover import Limit
     from .passes.recover import recover as learn
 
@@ -126,11 +130,11 @@ def recover(
         error=after.error,
         standard_error=after.standard_error,
         samples=after.samples,
-        sites=_with_alphas(result.report, match(graph), graph),
+        sites=_with_alphas(result, graph),
         seconds={**result.report.seconds, "recover": round(recovered.seconds, 3)},
         recovery=told,
     )
-    return replace(result, graph=graph, calibration=None, report=report)
+    return concluded(replace(result, graph=graph, calibration=None, report=report), fold)
 
 
 def _checked(
@@ -177,7 +181,10 @@ def _stages(
     groups = _groups(result)
     method = "auto" if any(site.fit == "full" for site in result.report.sites) else "diagonal"
     some = samples.first(FITTED_SAMPLES)
-    fits = calibrate(result.original, result.match, some, convert=(), seed=seed, fit=method)
+    squashes = dict.fromkeys(_affine(result), ("identity",))
+    fits = calibrate(
+        result.original, result.match, some, convert=(), seed=seed, fit=method, squashes=squashes
+    )
 
     def convert(names: Collection[str], before: Graph | None) -> Lesson:
         graph = result.original if before is None else before
@@ -190,7 +197,10 @@ def _stages(
 
 
 def _groups(result: Conversion) -> list[frozenset[str]]:
-    """The sites of the stages; calls of one module, which share their values, together."""
+    """The sites of the stages; calls of one module, which share their values, together.
+
+    Affine maps come last: with nothing left of a site, those behind it may get another name.
+    """
     errors = {
         site.name: site.fit_error if site.sensitivity is None else site.sensitivity
         for site in result.report.sites
@@ -198,12 +208,21 @@ def _groups(result: Conversion) -> list[frozenset[str]]:
     }
     first = [site.name for site in result.match.sites
              if site.tied_to is None and errors.get(site.name) is not None]  # fmt: skip
-    order = sorted(first, key=lambda name: errors[name] or 0.0)
-    groups = np.array_split(np.array(order, dtype=object), min(STAGES, len(order)))
+    affine = _affine(result)
+    order = sorted(set(first) - affine, key=lambda name: errors[name] or 0.0)
+    parts = np.array_split(np.array(order, dtype=object), max(1, min(STAGES, len(order))))
+    groups = [set(part) for part in parts]
+    groups[-1] |= affine.intersection(first)
     return [
         frozenset(s.name for s in result.match.sites if (s.tied_to or s.name) in group)
-        for group in map(list, groups)
+        for group in groups
+        if group
     ]
+
+
+def _affine(result: Conversion) -> frozenset[str]:
+    """The sites of which an affine map in the weights behind them is all that is left."""
+    return frozenset(site.name for site in result.report.sites if site.affine)
 
 
 def _counts(result: Conversion, staged: bool) -> list[int]:
@@ -224,18 +243,35 @@ def _lesson(result: Conversion, train: str, metric: str, graph: Graph) -> Lesson
     return Lesson(
         original,
         converted,
-        _pairs(result.match, match(converted)),
+        _pairs(result.match, match(converted), _affine(result)),
         (original.outputs[output], converted.outputs[output]),
         metric,
         train,
     )
 
 
-def _pairs(original: Match, converted: Match) -> list[tuple[Value, Value]]:
-    """What the sites of both read, in execution order: the model's state between its blocks."""
-    reads = {site.name: site.input for site in converted.sites}
-    found = [(s.input, reads[s.name]) for s in original.sites if s.name in reads]
+def _pairs(original: Match, converted: Match, affine: Collection[str]) -> list[tuple[Value, Value]]:
+    """What the sites of both read, in execution order: the model's state between its blocks.
+
+    The same ones in every stage: affine sites, which the last one does without, are left out.
+    """
+    known = _by_name(original, converted, affine)
+    names = [site.name for site in original.sites if site.name not in affine]
+    inputs = {site.name: site.input for site in original.sites}
+    found = [(inputs[name], known[name].input) for name in names if name in known]
     return list({id(pair[0]): pair for pair in found}.values())
+
+
+def _by_name(original: Match, converted: Match, affine: Collection[str]) -> dict[str, NormSite]:
+    """The sites of the converted model by their names in the original.
+
+    affine: sites that may be gone in the converted model; names of those behind may have changed.
+    """
+    left = tuple(site for site in original.sites if site.name not in affine)
+    for sites in (original.sites, left, converted.sites):
+        if len(sites) == len(converted.sites):
+            break
+    return {site.name: own for site, own in zip(sites, converted.sites, strict=True)}
 
 
 def _step_size(result: Conversion) -> Callable[[Batch, int], int]:
@@ -267,11 +303,11 @@ def _loaders(graph: Graph, batches: Iterable[Batch], shelf: Shelf) -> list[parti
     ]
 
 
-def _with_alphas(report: Report, found: Match, graph: Graph) -> tuple[Any, ...]:
+def _with_alphas(result: Conversion, graph: Graph) -> tuple[Any, ...]:
     """The report's sites with the alphas of the trained graph."""
     alphas = {}
-    for site in found.sites:
+    for name, site in _by_name(result.match, match(graph), _affine(result)).items():
         array = None if site.alpha is None else graph.constant(site.alpha)
         if array is not None:
-            alphas[site.name] = float(np.mean(array, dtype=np.float64))
-    return tuple(replace(s, alpha=alphas.get(s.name, s.alpha)) for s in report.sites)
+            alphas[name] = float(np.mean(array, dtype=np.float64))
+    return tuple(replace(s, alpha=alphas.get(s.name, s.alpha)) for s in result.report.sites)

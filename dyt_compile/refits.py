@@ -96,17 +96,15 @@ class _Sums(GramSums):
 
     def __init__(self, x: Array, centre_y: Array, like: _Sums | None) -> None:
         centre = x.mean(axis=0) if like is None else like._centres[0]
-        super().__init__(1.0, centre, centre_y, squares=None if like is None else like._squares)
+        squares = None if like is None else like._squares
+        # What a projection reads is squashed already, if at all.
+        super().__init__(1.0, centre, centre_y, squares=squares, squash="identity")
         self._length = 0.0
 
     def add(self, x: Array, y: Array) -> None:
         """Count rows in."""
         super().add(x, y)
         self._length += float(np.square(y - self._centres[1]).sum())
-
-    def values(self, x: Array) -> Array:
-        """x itself: what a projection reads is squashed already, if at all."""
-        return x
 
     @property
     def total(self) -> float:

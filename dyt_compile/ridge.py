@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .dyt import DytParameters, Mix
+from .dyt import SQUASHES, DytParameters, Mix
 from .fits import HELD_OUT, NOT_FINITE, ROWS, typical
 
 __all__ = ["ROWS_PER_CHANNEL", "FullFit", "GramSums", "fit_full", "refit_full"]
@@ -67,7 +67,7 @@ class FullFit:
 
 
 class GramSums:
-    """Sums of products of tanh(alpha x) and y in float64, about fixed centres that lose no digits.
+    """Sums of products of squashed alpha x and y in float64, about centres that lose no digits.
 
     x, y: [rows, channels]. The sums do not depend on how the rows are split into calls, up to the
     rounding of float64.
@@ -80,9 +80,14 @@ class GramSums:
         centre_y: npt.ArrayLike,
         *,
         squares: Floats | None = None,
+        squash: str = "tanh",
     ) -> None:
-        """squares: those of other sums, of the same rows of x about the same centre."""
+        """squares: those of other sums, of the same rows of x about the same centre.
+
+        squash: "tanh", or "identity" for sums of x itself, whose alpha is 1.
+        """
         self.alpha = alpha
+        self.squash = squash
         self.rows = 0
         self._centres = tuple(np.array(c, np.float64) for c in (centre_t, centre_y))
         channels, outputs = map(len, self._centres)
@@ -105,7 +110,7 @@ class GramSums:
 
     def values(self, x: Array) -> Array:
         """What stands for x in the products."""
-        return _squashed(x, self.alpha)
+        return _squashed(x, self.alpha, self.squash)
 
     @property
     def finite(self) -> bool:
@@ -114,7 +119,7 @@ class GramSums:
 
     def united(self, other: GramSums) -> GramSums:
         """The sums over the rows of both, which are of one alpha."""
-        total = GramSums(self.alpha, *self._centres)
+        total = GramSums(self.alpha, *self._centres, squash=self.squash)
         for part in (self, other):
             apart = [a - b for a, b in zip(part._centres, self._centres, strict=True)]
             (t, y), n = part._totals, part.rows
@@ -167,26 +172,33 @@ class GramSums:
 
 
 def fit_full(
-    x: Array, y: Array, stream: Callable[[], Rows], *, beside: bool = False
+    x: Array,
+    y: Array,
+    stream: Callable[[], Rows],
+    *,
+    beside: bool = False,
+    squash: str = "tanh",
 ) -> FullFit | str:
-    """tanh(alpha x) matrix + offset closest to y in squares, alpha one number for all channels.
+    """squash(alpha x) matrix + offset closest to y in squares, alpha one number for all channels.
 
     x, y: float32 [rows, channels], a sample in random order that `fit_diagonal` has taken; stream:
     all rows, in parts. Alpha and the ridge are chosen on every fourth row of the sample, after a
     fit to the others; matrix and offset are fitted to all rows. beside: sum for the alphas on both
-    sides, too, since another run may choose one of them. Returns the reason where some row is not
-    finite.
+    sides, too, since another run may choose one of them. squash: "tanh", or "identity", where alpha
+    is 1. Returns the reason where some row is not finite.
     """
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return NOT_FINITE
-    error, alpha, ridge, least = _chosen(x, y, _alphas(x))
-    sums = [_sums(alpha * factor, x, y) for factor in ((1.0, 0.5, 2.0) if beside else (1.0,))]
+    alphas = [1.0] if squash == "identity" else _alphas(x)
+    error, alpha, ridge, least = _chosen(x, y, alphas, squash)
+    factors = (1.0, 0.5, 2.0) if beside and len(alphas) > 1 else (1.0,)
+    sums = [_sums(alpha * factor, x, y, squash) for factor in factors]
     for x_part, y_part in stream():
         for each in sums:
             each.add(x_part, y_part)
     if not sums[0].finite:
         return NOT_FINITE
-    return FullFit(_bare(alpha), sums[0].solve(ridge), error, least, tuple(sums))
+    return FullFit(_bare(alpha, squash), sums[0].solve(ridge), error, least, tuple(sums))
 
 
 def refit_full(x: Array, y: Array, runs: Sequence[Sequence[GramSums]]) -> FullFit:
@@ -207,7 +219,9 @@ def refit_full(x: Array, y: Array, runs: Sequence[Sequence[GramSums]]) -> FullFi
     return FullFit(_bare(alpha), totals[alpha].solve(ridge), error, least, tuple(totals.values()))
 
 
-def _chosen(x: Array, y: Array, alphas: Sequence[float]) -> tuple[float, float, float, float]:
+def _chosen(
+    x: Array, y: Array, alphas: Sequence[float], squash: str = "tanh"
+) -> tuple[float, float, float, float]:
     """The error on held-out rows, the alpha and the ridge that are taken, and the least error.
 
     From the middle of the alphas downhill, where the error has one valley over them, and up again
@@ -218,7 +232,7 @@ def _chosen(x: Array, y: Array, alphas: Sequence[float]) -> tuple[float, float, 
 
     @cache
     def best(place: int) -> tuple[float, float, float]:
-        sums = _trained(alphas[place], x, y, tried)
+        sums = _trained(alphas[place], x, y, tried, squash)
         return min((_error(sums, r, x, y, tried), sums.alpha, r) for r in RIDGES)
 
     lowest = _valley(lambda place: best(place)[0], len(alphas))
@@ -228,7 +242,7 @@ def _chosen(x: Array, y: Array, alphas: Sequence[float]) -> tuple[float, float, 
     error, alpha, ridge = best(place)
     if len(tried) < channels:
         every = np.arange(channels)
-        error = _error(_trained(alpha, x, y, every), ridge, x, y, every)
+        error = _error(_trained(alpha, x, y, every, squash), ridge, x, y, every)
     return error, alpha, ridge, least
 
 
@@ -247,18 +261,21 @@ def _valley(height: Callable[[int], float], count: int) -> int:
     return place
 
 
-def _trained(alpha: float, x: Array, y: Array, outputs: npt.NDArray[np.int64]) -> GramSums:
+def _trained(
+    alpha: float, x: Array, y: Array, outputs: npt.NDArray[np.int64], squash: str
+) -> GramSums:
     """The sums of some channels of y, over the rows that are not held out."""
-    sums = _sums(alpha, x, y[:, outputs])
+    sums = _sums(alpha, x, y[:, outputs], squash)
     for x_part, y_part in _parts(x, y):
         kept = np.arange(len(x_part)) % HELD_OUT != 0
         sums.add(x_part[kept], y_part[kept][:, outputs])
     return sums
 
 
-def _sums(alpha: float, x: Array, y: Array) -> GramSums:
+def _sums(alpha: float, x: Array, y: Array, squash: str) -> GramSums:
     """Empty sums about the means of some rows."""
-    return GramSums(alpha, _squashed(x[:CHUNK], alpha).mean(axis=0), y[:CHUNK].mean(axis=0))
+    centre = _squashed(x[:CHUNK], alpha, squash).mean(axis=0)
+    return GramSums(alpha, centre, y[:CHUNK].mean(axis=0), squash=squash)
 
 
 def _parts(x: Array, y: Array) -> Iterator[tuple[Array, Array]]:
@@ -272,7 +289,7 @@ def _error(
     mix, missed, length = sums.solve(ridge), 0.0, 0.0
     for x_part, y_part in _parts(x[::HELD_OUT], y[::HELD_OUT]):
         wanted = y_part[:, outputs]
-        missed += float(np.square(mix(_squashed(x_part, sums.alpha)) - wanted).sum())
+        missed += float(np.square(mix(sums.values(x_part)) - wanted).sum())
         length += float(np.square(wanted).sum())
     return float(np.sqrt(missed / length)) if length else 0.0
 
@@ -293,9 +310,9 @@ def _solve_upper(lower: Floats, right: Floats) -> None:
         right[own] = np.linalg.solve(lower[own, own].T, right[own])
 
 
-def _squashed(x: Array, alpha: float) -> Array:
-    return np.asarray(np.tanh(np.float32(alpha) * x))
+def _squashed(x: Array, alpha: float, squash: str) -> Array:
+    return SQUASHES[squash](np.float32(alpha) * x)
 
 
-def _bare(alpha: float) -> DytParameters:
-    return DytParameters(np.array([alpha], np.float32))
+def _bare(alpha: float, squash: str = "tanh") -> DytParameters:
+    return DytParameters(np.array([alpha], np.float32), squash=squash)

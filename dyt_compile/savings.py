@@ -4,9 +4,10 @@ Counted from shapes, not measured, and an upper bound. A norm needs a whole row 
 its first element, so it is counted as a kernel of its own that reads x and writes y. DyT is
 element-wise: where x is made by element-wise operators, a product or a convolution, DyT is counted
 as a part of that kernel, which writes y from registers. What then goes is one kernel, the read of
-x and, where nothing else reads x, the write of it. Gamma, beta and statistics are not counted.
-A runtime that also fuses norms with what stands before them saves less: docs/tensorrt.md has
-kernels counted in engines.
+x and, where nothing else reads x, the write of it. Of an affine map nothing is left: its readers
+read x, and there is no y to write; one kernel goes, whatever makes x. Gamma, beta and statistics
+are not counted. A runtime that also fuses norms with what stands before them saves less:
+docs/tensorrt.md has kernels counted in engines.
 """
 
 from __future__ import annotations
@@ -38,15 +39,27 @@ class Savings:
 
 
 def savings(
-    sites: Iterable[NormSite], looks: Mapping[str, Look], outputs: Collection[Value]
+    sites: Iterable[NormSite],
+    looks: Mapping[str, Look],
+    outputs: Collection[Value],
+    affine: Collection[str] = (),
 ) -> Savings:
-    """What these sites save together when they are converted; outputs: of their graph."""
-    fused = [site for site in sites if not site.kind.lossless and _fuses(site.input)]
+    """What these sites save together when they are converted; outputs: of their graph.
+
+    affine: the names of those that become an affine map, and no DyT.
+    """
+    gone = [
+        site
+        for site in sites
+        if not site.kind.lossless and (site.name in affine or _fuses(site.input))
+    ]
     traffic = sum(
-        (1 + _alone(site, outputs)) * looks[site.name].elements * _width(site.input)
-        for site in fused
+        (2 if site.name in affine else 1 + _alone(site, outputs))
+        * looks[site.name].elements
+        * _width(site.input)
+        for site in gone
     )
-    return Savings(len(fused), traffic)
+    return Savings(len(gone), traffic)
 
 
 def _fuses(x: Value) -> bool:

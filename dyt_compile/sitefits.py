@@ -62,7 +62,8 @@ class SiteFit:
 
     parameters: None where there is no fit, `reason` says why; fit_error: relative, held-out rows.
     mix: of a full fit, what the readers' weights take up, behind parameters that are a bare DyT;
-    None for a diagonal fit, `unmixed` says why.
+    None for a diagonal fit, `unmixed` says why. Where the parameters are affine, the readers'
+    weights take up all of the site; unaffine: why they are not, where that was asked for.
     sigma_median: median over rows of the root mean square (centred for LayerNorm) that the norm
     divides by; sigma_peak: largest over median; large peaks are tokens that tanh cannot follow.
     scatter: some inputs and outputs, for drawing, with the curve of the diagonal fit; not written
@@ -77,7 +78,13 @@ class SiteFit:
     scatter: Scatter | None = field(default=None, repr=False)
     mix: Mix | None = field(default=None, repr=False)
     unmixed: str | None = None
+    unaffine: str | None = None
     sums: SiteSums | None = field(default=None, repr=False)
+
+    @property
+    def affine(self) -> bool:
+        """Whether the site is affine in what it reads: nothing is left of it."""
+        return self.parameters is not None and self.parameters.affine
 
     @property
     def method(self) -> str | None:
@@ -92,10 +99,10 @@ class SiteFit:
         return held if self.mix is None else held | vars(self.mix)
 
 
-def fit_site(sums: SiteSums, later: Iterable[RowSample] = ()) -> SiteFit:
+def fit_site(sums: SiteSums, later: Iterable[RowSample] = (), squash: str = "tanh") -> SiteFit:
     """The diagonal fit of a site; later: rows of later calls of its module, fitted together."""
     fitted = replace(sums, sample=sums.sample.united(*later)) if (later := tuple(later)) else sums
-    fit = fit_diagonal(*fitted.rows())
+    fit = fit_diagonal(*fitted.rows(), squash)
     if isinstance(fit, Fit):
         return _told(sums, _shaped(fit.parameters, sums.shape), fit.error, None)
     return _told(sums, None, None, fit)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from .calibration import Calibration
 from .data import Splits
@@ -13,7 +14,7 @@ from .errors import BudgetError
 from .graphs.base import Graph
 from .metrics import Measurement, Metric, described, named
 from .passes.calibrate import calibrate, survey
-from .passes.plan import Attempt, Plan, frontier_sizes, in_order, plan
+from .passes.plan import Attempt, Choice, Plan, Step, frontier_sizes, in_order, plan
 from .passes.rewrite import rewrite
 from .passes.verify import Reference
 from .progress import track
@@ -52,7 +53,10 @@ class Trials:
         metric: Metric,
         seed: int,
         fit: str,
+        *,
+        affine: bool = False,
     ) -> None:
+        """affine: sites may become affine maps."""
         self._graph = graph
         self._match = found
         self._samples = samples
@@ -64,21 +68,28 @@ class Trials:
         self._looks: Mapping[str, Look] | None = None
         self.isolated: Calibration | None = None
         self._sensitivities: dict[str, float] = {}
-        self._attempts: dict[frozenset[str], Attempt] = {}
+        self._affine = affine
+        self._affine_sensitivities: dict[str, float] = {}
+        self._attempts: dict[Choice, Attempt] = {}
+        self.unaffine: dict[str, str] = {}
 
-    def attempt(self, names: frozenset[str]) -> Attempt:
-        """Calibrate with the named sites converted, and measure them on the plan samples."""
-        if names not in self._attempts:
-            self._attempts[names] = self._attempt(names)
-        return self._attempts[names]
+    def attempt(self, choice: Choice) -> Attempt:
+        """Calibrate with the chosen sites converted, and measure them on the plan samples."""
+        if choice not in self._attempts:
+            self._attempts[choice] = self._attempt(choice)
+        return self._attempts[choice]
 
     def all(self, candidates: Sequence[str]) -> Outcome:
-        """Every candidate converted, whatever that costs."""
-        fitted = self._calibrated(self._tied(candidates), refit=True)
+        """Every candidate converted, whatever that costs.
+
+        One that may be an affine map is one where that fits its held-out rows no worse than DyT.
+        """
+        tried = dict.fromkeys(candidates if self._affine else (), ("identity", "tanh"))
+        fitted = self._calibrated(candidates, tried, refit=True)
         rewritten = self._rewritten(fitted)
         measured = self.verify(rewritten)
-        chosen = Attempt(fitted.converted.intersection(candidates), fitted, measured)
-        return Outcome(Plan(chosen, self._sensitivities), rewritten, measured)
+        chosen = Attempt(_choice(fitted, candidates), fitted, measured)
+        return Outcome(self._plan(chosen), rewritten, measured)
 
     def within(self, candidates: Sequence[str], budget: float) -> Outcome:
         """As many candidates as keep the budget, on the report samples too.
@@ -101,18 +112,22 @@ class Trials:
 
     def plan(self, candidates: Sequence[str], budget: float) -> Plan:
         """Sensitivities from each site alone, then the search for the largest affordable set."""
-        return plan(self.sensitivities(candidates), self.attempt, budget)
+        self._measure_alone(candidates)
+        return plan(self._sensitivities, self.attempt, budget, self._affine_sensitivities)
 
-    def sensitivities(self, candidates: Sequence[str]) -> Mapping[str, float]:
-        """The error of each candidate that has a fit, converted alone."""
-        if self.isolated is None:
-            self.isolated = self._calibrated(())
-            self._sensitivities.update(
-                (name, self._alone(self.isolated, name))
-                for name in track(candidates, "measuring sites", len(candidates))
-                if self.isolated.fits[name].parameters is not None
-            )
-        return self._sensitivities
+    def _measure_alone(self, candidates: Sequence[str]) -> None:
+        """The error of each candidate that has a fit, converted alone; as an affine map, too."""
+        if self.isolated is not None:
+            return
+        self.isolated = self._calibrated(())
+        fitted = [n for n in candidates if self.isolated.fits[n].parameters is not None]
+        self._sensitivities.update(self._alone(self.isolated, fitted))
+        if self._affine:
+            affine = self._calibrated((), dict.fromkeys(fitted, ("identity",)))
+            able = [name for name in fitted if affine.fits[name].affine]
+            self._affine_sensitivities.update(self._alone(affine, able))
+            told = ((name, affine.fits[name].unaffine) for name in fitted)
+            self.unaffine.update((name, reason) for name, reason in told if reason)
 
     def survey(self) -> Mapping[str, Look]:
         """A first look at every site, before anything is fitted."""
@@ -125,27 +140,31 @@ class Trials:
 
         Every point is calibrated and measured like a plan of just these sites.
         """
-        order = in_order(self.sensitivities(candidates))
+        self._measure_alone(candidates)
+        steps = in_order(self._sensitivities, self._affine_sensitivities)
+        order = [step for step in steps if step.gain]
         sizes = frontier_sizes(len(order))
         points, taken = [], 0
         for size in track(sizes, "measuring the frontier", len(sizes)):
-            names = frozenset(order[:size])
+            choice = Choice().after(order[:size])
             # Not kept: a calibration for each point is more than a large model's memory holds.
-            found = self._refitted(self._attempts.get(names) or self._attempt(names))
-            points.append(self._point(found, tuple(order[taken:size])))
+            found = self._refitted(self._attempts.get(choice) or self._attempt(choice))
+            points.append(self._point(found, order[taken:size]))
             taken = size
         return tuple(points)
 
-    def _point(self, found: Attempt, added: tuple[str, ...]) -> FrontierPoint:
-        calls = self._tied(found.names)
+    def _point(self, found: Attempt, added: Sequence[Step]) -> FrontierPoint:
+        calls, affine = self._tied(found.names), self._tied(found.choice.affine)
         saved = savings(
             [site for site in self._match.sites if site.name in calls],
             self.survey(),
             tuple(self._graph.outputs.values()),
+            affine,
         )
         return FrontierPoint(
             sites=len(calls),
-            added=added,
+            added=tuple(f"{step.name} (affine)" if step.affine else step.name for step in added),
+            affine=len(affine),
             error=found.measurement.error,
             standard_error=found.measurement.standard_error,
             kernels_saved=saved.kernels,
@@ -184,31 +203,45 @@ class Trials:
         converted = [site for site in self._match.sites if site.name in calls]
         if self._fit != "auto" or not projections(self._graph, converted):
             return tried
-        again = self._attempt(tried.names, refit=True)
+        again = self._attempt(tried.choice, refit=True)
         return again if again.measurement.error < tried.measurement.error else tried
 
-    def _attempt(self, names: frozenset[str], *, refit: bool = False) -> Attempt:
-        fitted = self._calibrated(self._tied(names), refit=refit)
+    def _attempt(self, choice: Choice, *, refit: bool = False) -> Attempt:
+        fitted = self._calibrated(
+            choice.names, dict.fromkeys(choice.affine, ("identity",)), refit=refit
+        )
         measured = self._planning.measure(self._rewritten(fitted))
-        return Attempt(names & fitted.converted, fitted, measured)
+        return Attempt(_choice(fitted, choice.names), fitted, measured)
 
-    def _calibrated(self, names: Collection[str], *, refit: bool = False) -> Calibration:
+    def _calibrated(
+        self,
+        names: Collection[str],
+        squashes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        *,
+        refit: bool = False,
+    ) -> Calibration:
         return calibrate(
             self._graph,
             self._match,
             self._samples.fit,
-            convert=names,
+            convert=self._tied(names),
             seed=self._seed,
             fit=self._fit,
             refits=refit and self._fit == "auto",
+            squashes=squashes,
         )
+
+    def _plan(self, chosen: Attempt) -> Plan:
+        """A plan that nothing was searched for."""
+        return Plan(chosen, self._sensitivities, affine=self._affine_sensitivities)
 
     def _rewritten(self, fitted: Calibration) -> Graph:
         return rewrite(self._graph, self._match, fitted, fitted.converted)
 
-    def _alone(self, fitted: Calibration, name: str) -> float:
-        alone = rewrite(self._graph, self._match, fitted, self._tied({name}))
-        return self._planning.measure(alone).error
+    def _alone(self, fitted: Calibration, names: Sequence[str]) -> Iterator[tuple[str, float]]:
+        for name in track(names, "measuring sites", len(names)):
+            alone = rewrite(self._graph, self._match, fitted, self._tied({name}))
+            yield name, self._planning.measure(alone).error
 
     def _tied(self, names: Collection[str]) -> frozenset[str]:
         """The sites together with later calls of the same modules."""
@@ -220,6 +253,12 @@ class Trials:
         return Reference(
             self._graph, samples, self._shelf, output=self._output, metric=self._metric
         )
+
+
+def _choice(fitted: Calibration, names: Iterable[str]) -> Choice:
+    """Those of the named sites that a calibration converts, and how."""
+    done = fitted.converted.intersection(names)
+    return Choice(done, frozenset(name for name in done if fitted.fits[name].affine))
 
 
 def _tightened(budget: float, upper: float) -> float:

@@ -103,7 +103,8 @@ def _inputs(rows: int = 4) -> Tensor:
 
 
 def _converted(model: nn.Module, mode: str = "all") -> dyt_compile.Conversion:
-    return dyt_compile.convert(model, [(_inputs(8),) for _ in range(4)], mode=mode, fit="diagonal")
+    batches = [(_inputs(8),) for _ in range(4)]
+    return dyt_compile.convert(model, batches, mode=mode, fit="diagonal", fold=False)
 
 
 def _calibration(result: dyt_compile.Conversion) -> Calibration:

@@ -129,7 +129,7 @@ def test_save_into_a_missing_folder_is_refused(tmp_path: Path) -> None:
 def test_load_of_another_version_is_refused(tmp_path: Path) -> None:
     path = _saved(tmp_path)
     _rewritten(path, lambda about, arrays: about.update(version=99))
-    with pytest.raises(CalibrationError, match="version 99; this is 3"):
+    with pytest.raises(CalibrationError, match="version 99; this is 4"):
         Calibration.load(path)
 
 

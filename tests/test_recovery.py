@@ -19,9 +19,12 @@ from torch import Tensor, nn
 import dyt_compile
 from dyt_compile import Conversion, losses
 from dyt_compile.compiler import convert
+from dyt_compile.data import whole
 from dyt_compile.errors import CalibrationError, DataError, OptionError
 from dyt_compile.metrics import METRICS, Tally
 from dyt_compile.passes import recover as recover_pass
+from dyt_compile.passes.calibrate import calibrate
+from dyt_compile.passes.capture import capture
 from dyt_compile.passes.match import match
 from dyt_compile.progress import reporting
 from dyt_compile.recovery import _groups, _step_size, recover
@@ -72,7 +75,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def converted(model: nn.Module) -> Conversion:
     """All sites converted; to be read only."""
-    return convert(model, _batches(), mode="all", fit="diagonal")
+    return convert(model, _batches(), mode="all", fit="diagonal", fold=False)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -209,6 +212,48 @@ def test_staged_run_converts_the_easy_sites_first(converted: Conversion) -> None
     assert _groups(converted)[0] == {easiest.name}
     assert {site.converted for site in found.report.sites} == {True}
     assert all(site.kind.lossless for site in match(found.graph).sites)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("staged", [False, True])
+def test_recover_folds_what_was_folded(
+    model: nn.Module, converted: Conversion, staged: bool
+) -> None:
+    batches = _batches()
+    options: dict[str, Any] = {"steps": 30, "staged": staged, "train": "dyt"}
+    loose = recover(converted, batches, **options)
+    folded = recover(convert(model, batches, mode="all", fit="diagonal"), batches, **options)
+    assert loose.folded is None
+    assert folded.folded is not None
+    assert {entry.what for entry in folded.folded.folded} == {"beta", "gamma"}
+    assert len(_state(folded.model)) < len(_state(loose.model))
+    assert folded.report.error == loose.report.error  # the same training, before the fold
+    (tokens,) = batches[0]
+    with torch.no_grad():
+        y, expected = folded.model(tokens), loose.model(tokens)
+    assert float((y - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("affine", [["blocks.0.norm"], ["blocks.0.norm", "blocks.1.norm"]])
+def test_affine_sites_stay_so_when_the_rest_is_trained(model: nn.Module, affine: list[str]) -> None:
+    batches = _batches()
+    graph = capture(model, batches[0], {}, batches=batches)
+    found = match(graph)
+    fits = calibrate(
+        graph, found, whole(graph, batches), convert=[site.name for site in found.sites], seed=0,
+        squashes=dict.fromkeys(affine, ("identity",)),
+    )  # fmt: skip
+    result = convert(model, batches, calibration=fits)
+    assert [site.name for site in result.report.sites if site.affine] == affine
+    assert _groups(result)[-1] >= set(affine)
+    for staged in (False, True):
+        trained = recover(result, batches, steps=60, staged=staged)
+        assert trained.report.affine == len(affine)
+        assert len(match(trained.graph).sites) == len(found.sites) - len(affine)
+        assert trained.report.recovery is not None
+        assert trained.report.error is not None
+        assert trained.report.error < trained.report.recovery.before
 
 
 @pytest.mark.core

@@ -120,11 +120,11 @@ def onnx_files(built: nn.Module, size: Size, folder: Path, name: str) -> dict[st
     example = ((embeddings(size, SHORT),), {})
     axes = ({1: Dim.DYNAMIC},)
     files = {}
-    conversion = dyt_compile.convert(built, example=example, dynamic_shapes=axes)
+    conversion = dyt_compile.convert(built, example=example, dynamic_shapes=axes, fold=False)
     files["exact"] = dyt_compile.export_onnx(conversion, folder / f"{name}.onnx").path
     holds_dyt = any(site.kind.lossless for site in conversion.match.sites)
     if holds_dyt and isinstance(built, Llama):
-        folded = dyt_compile.convert(built, example=example, dynamic_shapes=axes, fold=True)
+        folded = dyt_compile.convert(built, example=example, dynamic_shapes=axes)
         files["folded"] = dyt_compile.export_onnx(folded, folder / f"{name}-folded.onnx").path
         files["fp8"] = folder / f"{name}-fp8.onnx"
         file = ir.load(files["exact"])

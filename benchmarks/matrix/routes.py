@@ -113,6 +113,7 @@ class Subject:
             [(inputs.args, inputs.kwargs) for inputs in given],
             mode="all",
             fit="diagonal",  # torch.compile takes no other
+            fold=False,  # benchmarks.folding does that
         )
 
     @cached_property

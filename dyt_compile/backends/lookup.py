@@ -224,6 +224,11 @@ def _check_diagonal(calibration: Calibration | None) -> None:
                 f"site {name!r} has a full fit, which goes into the weights of its readers; "
                 "torch.compile takes diagonal ones alone: calibrate with fit='diagonal'"
             )
+        if fit.affine:
+            raise CalibrationError(
+                f"site {name!r} has an affine fit, which goes into the weights of its readers; "
+                "torch.compile takes DyT alone: convert without affine"
+            )
 
 
 class Values:

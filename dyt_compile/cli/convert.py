@@ -103,8 +103,9 @@ def convert(
     fits: Annotated[
         Path | None, typer.Option(help="Apply such a file in place of fitting; needs no data.")
     ] = None,
-    fold: Annotated[
-        bool, typer.Option("--fold", help="Fold gamma, beta and scalars into weights (exact).")
+    fold: Annotated[bool, typer.Option(help="Put gamma, beta and scalars into weights.")] = True,
+    affine: Annotated[
+        bool, typer.Option("--affine", help="Sites may become affine maps, which weights take up.")
     ] = False,
     fuse: Annotated[
         bool,
@@ -143,6 +144,7 @@ def convert(
             provider=provider,
             fold=fold,
             fit=fit.value,
+            affine=affine,
             frontier=frontier,
             calibration=fits,
         )

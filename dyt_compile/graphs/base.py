@@ -95,6 +95,7 @@ class Graph(Protocol):
     ) -> Graph:
         """A new graph in which DyT stands at each named site; its terms are matched anew.
 
+        Of an identity nothing is left: what read the site reads what the site read.
         edits: of terms outside the norms of those sites, made as by `revise`.
         """
         ...

@@ -180,7 +180,8 @@ class FxGraph:
             tensor = as_tensor(used[node].array).to(self._device(), dtype, copy=True)
             attributes[path] = torch.nn.Parameter(tensor, requires_grad=dtype.is_floating_point)
         for site, values, call in calls:
-            attributes |= self._attach(graph, call, site, values, attributes)
+            if call is not None:
+                attributes |= self._attach(graph, call, site, values, attributes)
         return self._over(attributes, graph)
 
     def revise(self, edits: Iterable[Edit]) -> FxGraph:
@@ -456,21 +457,26 @@ def _put(
     copies: dict[torch.fx.Node, torch.fx.Node],
     site: NormSite,
     parameters: DytParameters,
-) -> torch.fx.Node:
-    """Let every reader of the site's output read DyT of its input, still without parameters."""
+) -> torch.fx.Node | None:
+    """Let every reader of the site's output read DyT of its input, still without parameters.
+
+    The node of DyT; None where it is an identity, and has none.
+    """
     source, end = copies[site.input.native], copies[site.output.native]
-    with graph.inserting_after(end):
-        call = graph.call_function(operator(parameters.form()), (source,))
-    call.meta = dict(end.meta)
-    result = call
+    call, result = None, source
+    if not parameters.affine:
+        with graph.inserting_after(end):
+            call = result = graph.call_function(operator(parameters.form()), (source,))
+        call.meta = dict(end.meta)
     if site.input.dtype != site.output.dtype:
         dtype = getattr(torch, str(site.output.dtype))
-        call.meta["val"] = end.meta["val"].to(source.meta["val"].dtype)
-        with graph.inserting_after(call):
-            result = graph.call_function(torch.ops.aten.to.dtype, (call, dtype))
+        if call is not None:
+            call.meta["val"] = end.meta["val"].to(source.meta["val"].dtype)
+        with graph.inserting_after(end if call is None else call):
+            result = graph.call_function(torch.ops.aten.to.dtype, (result, dtype))
         result.meta = dict(end.meta)
     if end.meta["val"].is_contiguous() and not source.meta["val"].is_contiguous():
-        with graph.inserting_after(result):  # what follows may view it
+        with graph.inserting_after(end if result is source else result):  # it may be viewed
             result = graph.call_function(torch.ops.aten.contiguous.default, (result,))
         result.meta = dict(end.meta)
     end.replace_all_uses_with(result)

@@ -280,31 +280,33 @@ def _put(
     site: NormSite,
     parameters: DytParameters,
 ) -> None:
-    """Let every reader of the site's output read DyT of its input."""
+    """Let every reader of the site's output read DyT of its input; its input, of an identity."""
     graph = model.graph
     source, end = copies[site.input.native], copies[site.output.native]
     gamma = None if site.gamma is None else site.gamma.native
     dtype = source.dtype or end.dtype or (gamma and gamma.dtype) or ir.DataType.FLOAT
-    held = []
+    held, nodes, result = [], list[ir.Node](), source
     for name, array in parameters.named().items():
         kept = ir.DataType.FLOAT if name in ("alpha", "shift") else dtype
         tensor = ir.tensor(array.astype(kept.numpy()), dtype=kept, name=f"{site.name}.{name}")
         held.append(_initializer(graph, names, tensor))
     final = str(end.name)
-    node = onnx_functions.call(parameters.form(), [source, *held], names.free(f"{final}_dyt"))
-    nodes = [node]
+    if not parameters.affine:
+        made = names.free(f"{final}_dyt")
+        nodes.append(onnx_functions.call(parameters.form(), [source, *held], made))
+        result = nodes[0].outputs[0]
     if end.dtype is not None and source.dtype is not None and end.dtype != source.dtype:
-        cast = ir.Node("", "Cast", node.outputs, [ir.AttrInt64("to", end.dtype.value)])
-        nodes.append(cast)
-    result = nodes[-1].outputs[0]
-    result.shape, result.type = end.shape, end.type
+        nodes.append(ir.Node("", "Cast", [result], [ir.AttrInt64("to", end.dtype.value)]))
+        result = nodes[-1].outputs[0]
+    if nodes:
+        result.shape, result.type = end.shape, end.type
     producer = end.producer()
     if producer is None:
         raise RewriteError(f"site {site.name!r} has no node that makes its output")
     for place, added in enumerate(nodes):
         graph.insert_after(producer if place == 0 else nodes[place - 1], added)
     end.replace_all_uses_with(result, replace_graph_outputs=True)
-    if result.is_graph_output():
+    if nodes and result.is_graph_output():
         end.name, result.name = names.free(f"{final}_norm"), final
     _copy_scope(producer, nodes)
     copies[site.output.native] = result  # a later site may read this one

@@ -7,9 +7,10 @@ norm puts out for the same samples. What waits between the parts lies on a shelf
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..dyt import Refit
 from ..fits import ROWS, RowSample
 from ..graphs.base import Graph
 from ..graphs.cuts import Stage, place, stages
-from ..mixing import obstacle
+from ..mixing import obstacle, scaling_obstacle
 from ..progress import track
 from ..projections import Projection, projections
 from ..refits import refit
@@ -59,6 +60,7 @@ def calibrate(
     fit: str = "diagonal",
     keep_sums: bool = False,
     refits: bool = False,
+    squashes: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Calibration:
     """Fits of every lossy site, the sites named in `convert` applied as the walk goes.
 
@@ -67,6 +69,9 @@ def calibrate(
     With `convert` empty, every site is fitted on the original's own activations. A site that
     cannot be fitted keeps its norm, and its fit says why. Calls of one module share their values:
     they are fitted together, the later ones on the original's activations.
+    squashes: by site, what is tried in place of "tanh" alone: "identity" is an affine map, where
+    the weights behind all calls of the site can take one up. The first is taken, unless a later one
+    has a smaller error on held-out rows.
     refits: linear layers behind converted sites are refitted where `projections` says that it pays.
     keep_sums: fits hold what they were made from, so that `Calibration.merge` can add other runs.
 
@@ -101,12 +106,12 @@ def calibrate(
             sample = walk.observe(site, stage, _sample(seed, site, unmixed))
             sums = _sums(site, sample, prefix)
             if site.tied_to is None:
-                found = fit_site(sums, others)
+                calls = [call for call in sites if site.name in (call.name, call.tied_to)]
+                fitting = _Fitting(calls, sums, others, unmixed, graph, walk, fit, keep_sums)
+                found = fitting.best(squashes.get(site.name, ("tanh",)))
             else:
                 found = follow(fits[site.tied_to], sums)
-            found = replace(found, unmixed=unmixed, scatter=_drawn(found, sums, graph, site))
-            if not unmixed:
-                found = _mixed(found, site, sample, walk, fit, keep_sums)
+                found = replace(found, unmixed=unmixed, scatter=_drawn(found, sums, graph, site))
             fits[site.name] = found if keep_sums else replace(found, sums=None)
             applied = site.name in convert and found.parameters is not None
             prefix = extended(prefix, len(fits), found) if applied else prefix
@@ -191,14 +196,48 @@ def _seed(seed: int, site: NormSite) -> int:
     return seed if site.tied_to is None else seed + zlib.crc32(site.name.encode())
 
 
-def _mixed(
-    diagonal: SiteFit, site: NormSite, sample: RowSample, walk: Walk, fit: str, keep_sums: bool
-) -> SiteFit:
-    """The full fit of a site, or its diagonal one where that is better on held-out rows."""
-    if diagonal.parameters is None:
-        return diagonal
-    full = fit_full(*sample.rows(), lambda: walk.rows(site), beside=keep_sums)
-    return chosen(diagonal, full, fit)
+@dataclass(frozen=True)
+class _Fitting:
+    """One site that the walk has reached. calls: of its module, itself the first."""
+
+    calls: Sequence[NormSite]
+    sums: SiteSums
+    later: Collection[RowSample]
+    unmixed: str | None
+    graph: Graph
+    walk: Walk
+    fit: str
+    keep_sums: bool
+
+    def best(self, squashes: Sequence[str]) -> SiteFit:
+        """The first fit, or the one of a smaller error on held-out rows."""
+        unaffine = self._unaffine() if "identity" in squashes else None
+        able = [s for s in squashes if s != "identity" or unaffine is None] or ["tanh"]
+        found = [self._fitted(squash) for squash in able]
+        best = min(found, key=lambda fit: math.inf if fit.fit_error is None else fit.fit_error)
+        if unaffine is None and not best.affine:
+            tried = any(fit.affine for fit in found)
+            unaffine = "DyT fits held-out rows better" if tried else None
+        return replace(best, unaffine=unaffine)
+
+    def _unaffine(self) -> str | None:
+        """Why a site cannot be an affine map that weights take up, None where it can."""
+        if self.unmixed is None:
+            return None
+        return next(filter(None, map(scaling_obstacle, self.calls)), None)
+
+    def _fitted(self, squash: str) -> SiteFit:
+        """The full fit of a site, or its diagonal one where that is better on held-out rows."""
+        site = self.calls[0]
+        diagonal = fit_site(self.sums, self.later, squash)
+        drawn = _drawn(diagonal, self.sums, self.graph, site)
+        diagonal = replace(diagonal, unmixed=self.unmixed, scatter=drawn)
+        if self.unmixed or diagonal.parameters is None:
+            return diagonal
+        rows = self.sums.sample.rows()
+        full = fit_full(*rows, lambda: self.walk.rows(site), beside=self.keep_sums, squash=squash)
+        stuck = diagonal.affine and scaling_obstacle(site) is not None
+        return chosen(diagonal, full, "full" if stuck else self.fit)
 
 
 def _sums(site: NormSite, sample: RowSample, prefix: str) -> SiteSums:

@@ -95,7 +95,9 @@ def fold(graph: Graph, found: Match) -> Folded:
         folder.fold_term(term)
     for site in found.sites:
         folder.fold_site(site)
-    return Folded(graph.revise(folder.edits()), tuple(folder.folded), tuple(folder.left))
+    edits = list(folder.edits())
+    made = graph.revise(edits) if edits else graph
+    return Folded(made, tuple(folder.folded), tuple(folder.left))
 
 
 def _inside(sites: Iterable[NormSite]) -> set[Term]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from ..calibration import Calibration
 from ..dyt import DytParameters, Refit
 from ..errors import RewriteError
 from ..graphs.base import Graph
-from ..mixing import changes_for
+from ..mixing import changes_for, scaling_changes
 from ..projections import Projection, changes_of, projections
 from ..revision import Revision
 from ..sites import Match, NormKind, NormSite
@@ -25,8 +26,9 @@ def rewrite(
     """The graph with `convert` replaced by their fits, and DyT that it already holds as one node.
 
     The matrix of a full fit goes into the weights of the site's readers, exactly (in float64,
-    rounded once); weights that something else reads, too, stay as they are for that. Refits of
-    projections are applied where the converted sites are those that they were made with.
+    rounded once); so do gamma and beta of an affine one, whose readers then read what it read.
+    Weights that something else reads, too, stay as they are for that. Refits of projections are
+    applied where the converted sites are those that they were made with.
 
     Raises RewriteError where a site to convert has no fit, or a DyT's weights are not loaded.
     """
@@ -42,9 +44,13 @@ def rewrite(
             if fit is None or fit.parameters is None:
                 reason = "it was not calibrated" if fit is None else fit.reason
                 raise RewriteError(f"site {site.name!r} has no fit: {reason}")
-            replacements.append((site, fit.parameters))
+            left = fit.parameters
             if fit.mix is not None:
                 weights.add(changes_for(site, fit.mix, graph.outputs, weights))
+            elif left.affine:
+                weights.add(scaling_changes(site, left, graph.outputs, weights))
+                left = replace(left, gamma=None, beta=None)
+            replacements.append((site, left))
     return graph.replace(replacements, weights.edits())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +31,7 @@ def assemble(
     planned: Plan | None = None,
     isolated: Calibration | None = None,
     hard: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    unaffine: Mapping[str, str] = MappingProxyType({}),
     frontier: tuple[FrontierPoint, ...] = (),
 ) -> Report:
     """The report; `planned`, `measured` and `isolated` are None in mode "exact".
@@ -48,9 +48,7 @@ def assemble(
         standard_error=None if measured is None else measured.standard_error,
         samples=0 if measured is None else measured.samples,
         sites=tuple(
-            replace(
-                _site_report(graph, site, mode, planned, isolated), hard=hard.get(site.name, ())
-            )
+            _site_report(graph, site, mode, planned, isolated, hard, unaffine)
             for site in found.sites
         ),
         refusals=tuple(refusal.to_dict() for refusal in found.refusals),
@@ -72,7 +70,13 @@ def _refits(planned: Plan | None) -> tuple[RefitReport, ...]:
 
 
 def _site_report(
-    graph: Graph, site: NormSite, mode: str, planned: Plan | None, isolated: Calibration | None
+    graph: Graph,
+    site: NormSite,
+    mode: str,
+    planned: Plan | None,
+    isolated: Calibration | None,
+    hard: Mapping[str, tuple[str, ...]],
+    unaffine: Mapping[str, str],
 ) -> SiteReport:
     chosen = None if planned is None else planned.chosen
     calibration = isolated if chosen is None else chosen.calibration
@@ -82,7 +86,7 @@ def _site_report(
     sensitivity = None if planned is None else planned.sensitivities.get(stands_for)
     alpha = None if site.alpha is None else graph.constant(site.alpha)
     if fit is not None and fit.parameters is not None and converted:
-        alpha = fit.parameters.alpha
+        alpha = None if fit.affine else fit.parameters.alpha
     return SiteReport(
         name=site.name,
         kind=site.kind.value,
@@ -98,6 +102,10 @@ def _site_report(
         scatter=None if fit is None else fit.scatter,
         fit=None if fit is None else fit.method,
         unmixed=None if fit is None else fit.unmixed,
+        hard=hard.get(site.name, ()),
+        affine=converted and fit is not None and fit.affine,
+        affine_alone=None if planned is None else planned.affine.get(stands_for),
+        unaffine=unaffine.get(stands_for, None if fit is None else fit.unaffine),
     )
 
 

@@ -57,11 +57,13 @@ SITES = (
     Column("fit", "fit", hint="full: a matrix in its readers' weights; drawn is the diagonal fit"),
     Column("fit_error", "fit error", "number", "relative error of the site's fit on held-out rows"),
     Column("sensitivity", "alone", "number", "error at the output, only this site converted"),
+    Column("affine_alone", "affine alone", "number", "the same, as an affine map"),
     Column("sigma_median", "σ median", "number", "median over tokens of what the norm divides by"),
     Column("sigma_peak", "σ peak", "number", "largest σ over the median"),
     Column("hard", "known hard", hint="known before it was fitted, from a few samples"),
     Column("reason", "why kept"),
     Column("unmixed", "why no matrix"),
+    Column("unaffine", "why not affine"),
     Column("consumers", "read by"),
 )
 """The table of sites; a new field of `SiteReport` needs one line here."""
@@ -140,8 +142,8 @@ def _converted(report: Report, exported: OnnxExport | None) -> dict[str, Any]:
     """What the page of a conversion shows."""
     figures = report.to_dict()
     cost = ("frontier", "budget", "attempts", "converted", "error", "standard_error")
-    for site in figures["sites"]:
-        site["now"] = "DyT" if site["converted"] else "norm"
+    for site, told in zip(figures["sites"], report.sites, strict=True):
+        site["now"] = told.now
         site["hard"] = ", ".join(site["hard"])
     return {
         "model": report.model,
@@ -213,7 +215,8 @@ def _table(columns: Sequence[Column], rows: list[dict[str, Any]]) -> dict[str, A
 def _headline(report: Report) -> str:
     if not report.sites:
         return "No norm was found that DyT could stand for. The model is as it was."
-    told = f"{report.converted} of {len(report.sites)} sites are DyT."
+    told = f"{report.converted} of {len(report.sites)} sites are "
+    told += f"converted, {report.affine} to affine maps." if report.affine else "DyT."
     if report.error is None and report.mode != "exact":
         return f"{told} Their fits are of a calibration; without data, no error was measured."
     if report.error is None:
@@ -230,7 +233,12 @@ def _cards(report: Report, exported: OnnxExport | None) -> list[dict[str, str]]:
     """What stands large at the top: label, value, note."""
     kept = Counter(site.reason for site in report.sites if not site.converted)
     reasons = "; ".join(f"{count} {reason}" for reason, count in kept.most_common())
-    cards = [("DyT", f"{report.converted} of {len(report.sites)}", "sites of the model")]
+    dyt = report.converted - report.affine
+    cards = [("DyT", f"{dyt} of {len(report.sites)}", "sites of the model")]
+    if report.affine:
+        cards.append(
+            ("Affine", str(report.affine), "in the weights behind, and nothing else is left")
+        )
     if report.sites:
         cards.append(("Keep their norm", str(kept.total()), reasons or "none"))
     if report.error is not None:

@@ -27,6 +27,8 @@ class SiteReport:
     converted model computes with, the mean where the model gave each channel its own.
     fit: "full", "diagonal", or None without one; unmixed: why not a full one.
     scatter: some inputs and outputs with the fit, used or not; drawn, and not part of the JSON.
+    affine: whether nothing is left of it, since its readers took up an affine map in its place;
+    affine_alone: the sensitivity of that; unaffine: why it is none, where that was asked for.
     hard: why the site was known to be hard to convert before it was fitted; empty where it was not.
     """
 
@@ -45,15 +47,26 @@ class SiteReport:
     fit: str | None = None
     unmixed: str | None = None
     hard: tuple[str, ...] = ()
+    affine: bool = False
+    affine_alone: float | None = None
+    unaffine: str | None = None
+
+    @property
+    def now(self) -> str:
+        """What computes there: "DyT", "affine", "norm"."""
+        if not self.converted:
+            return "norm"
+        return "affine" if self.affine else "DyT"
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
     """The model with so many sites converted, the least sensitive ones.
 
-    added: those that the point before has not; error, standard_error: at the output, in the
-    report's metric, on the plan samples. kernels_saved, traffic_bytes_saved (for each sample): an
-    estimate from shapes, not measured, and an upper bound; `savings` says how it is counted.
+    added: those that the point before has not, or not as affine maps; affine: how many of the sites
+    are affine maps; error, standard_error: at the output, in the report's metric, on the plan
+    samples. kernels_saved, traffic_bytes_saved (for each sample): an estimate from shapes, not
+    measured, and an upper bound; `savings` says how it is counted.
     """
 
     sites: int
@@ -62,6 +75,7 @@ class FrontierPoint:
     standard_error: float
     kernels_saved: int
     traffic_bytes_saved: float
+    affine: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,12 +161,17 @@ class Report:
         """How many sites were converted."""
         return sum(site.converted for site in self.sites)
 
+    @property
+    def affine(self) -> int:
+        """How many of those are affine maps, of which nothing is left."""
+        return sum(site.affine for site in self.sites)
+
     def to_dict(self) -> dict[str, Any]:
         """The report's figures as plain JSON data."""
         data: dict[str, Any] = asdict(self)
         for site in data["sites"]:
             del site["scatter"]
-        data["converted"] = self.converted
+        data["converted"], data["affine"] = self.converted, self.affine
         return data
 
     def to_json(self) -> str:

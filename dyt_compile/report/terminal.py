@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from rich import box
@@ -100,16 +100,19 @@ def _joint(names: Sequence[str]) -> str:
 
 def report_table(report: Report) -> RenderableType:
     """What was converted, what it cost, what was kept and why."""
-    table = _table("site", "kind", "now", "fit", "alpha", "fit error", "alone")
+    affine = any(site.affine_alone is not None for site in report.sites)
+    more = ("affine alone",) if affine else ()
+    table = _table("site", "kind", "now", "fit", "alpha", "fit error", "alone", *more)
     for site in report.sites:
-        now = "DyT" if site.converted else f"norm: {site.reason}"
+        now = site.now if site.converted else f"norm: {site.reason}"
         table.add_row(
             Text(site.name), site.kind, Text(now, style="green" if site.converted else "yellow"),
             site.fit or "",
             _figure(site.alpha), _figure(site.fit_error), _figure(site.sensitivity),
+            *[_figure(site.affine_alone) for _ in more],
         )  # fmt: skip
     parts: list[RenderableType] = [table] if report.sites else []
-    parts += _unmixed_tables(report)
+    parts += _reason_tables(report)
     parts += _refit_tables(report)
     parts.append(Text(headline(report), style="bold"))
     if report.recovery is not None:
@@ -120,13 +123,22 @@ def report_table(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def _unmixed_tables(report: Report) -> list[RenderableType]:
-    """Why converted sites have no full fit, like reasons once."""
-    told = [site for site in report.sites if site.converted and site.fit and site.unmixed]
-    table = _table("diagonal fit", "why no matrix")
-    for group in _grouped(told, lambda site: (_alike(site.name), _alike(site.unmixed or ""))):
-        table.add_row(Text(_joint([site.name for site in group])), Text(group[0].unmixed or ""))
-    return [table] if told else []
+def _reason_tables(report: Report) -> list[RenderableType]:
+    """Why converted sites have no full fit, and why they are no affine map; like reasons once."""
+    done = [site for site in report.sites if site.converted]
+    unmixed = {site.name: site.unmixed for site in done if site.fit and site.unmixed}
+    unaffine = {site.name: site.unaffine for site in report.sites if site.unaffine}
+    return [
+        *_reason_table("diagonal fit", "why no matrix", unmixed),
+        *_reason_table("not affine", "why", unaffine),
+    ]
+
+
+def _reason_table(what: str, why: str, reasons: Mapping[str, str]) -> list[RenderableType]:
+    table = _table(what, why)
+    for group in _grouped(reasons.items(), lambda told: tuple(map(_alike, told))):
+        table.add_row(Text(_joint([name for name, _ in group])), Text(group[0][1]))
+    return [table] if reasons else []
 
 
 def _refit_tables(report: Report) -> list[RenderableType]:
@@ -197,7 +209,8 @@ def _bytes(count: float) -> str:
 
 def headline(report: Report) -> str:
     """One line: how many sites, at what error, within which budget."""
-    converted = f"{report.model}: {report.converted} of {len(report.sites)} sites are DyT"
+    converted = f"{report.model}: {report.converted} of {len(report.sites)} sites are "
+    converted += f"converted, {report.affine} to affine maps" if report.affine else "DyT"
     if report.error is None:
         told = "norms left alone" if report.mode == "exact" else "the error was not measured"
         return f"{converted}; {told} (mode {report.mode})"

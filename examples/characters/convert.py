@@ -22,6 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=["budget", "all"], default="budget")
     parser.add_argument("--max-error", type=float, default=0.01, help="KL, nats a character")
     parser.add_argument("--fit", choices=["auto", "diagonal", "full"], default="auto")
+    parser.add_argument("--affine", action="store_true", help="sites may become affine maps")
     parser.add_argument("--output-folder", type=Path, default=Path("build/characters"))
     return parser.parse_args()
 
@@ -30,8 +31,7 @@ def sites_table(report: dyt_compile.Report) -> Table:
     table = Table("site", "now", "fit", "fit error")
     for site in report.sites:
         fit_error = "" if site.fit_error is None else f"{site.fit_error:.3f}"
-        now = "DyT" if site.converted else "norm"
-        table.add_row(site.name, now, site.fit or "", fit_error)
+        table.add_row(site.name, site.now, site.fit or "", fit_error)
     return table
 
 
@@ -49,6 +49,7 @@ def main() -> None:
         budget=options.max_error,
         metric="kl",
         fit=options.fit,
+        affine=options.affine,
     )
     exported = dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
     seconds = time.perf_counter() - started
@@ -61,7 +62,8 @@ def main() -> None:
         "error": report.error,
         "budget": report.budget,
         "sites": len(report.sites),
-        "converted": sum(site.converted for site in report.sites),
+        "converted": report.converted,
+        "affine": report.affine,
         "fits": [site.fit for site in report.sites],
         "seconds": seconds,
     }
@@ -72,7 +74,8 @@ def main() -> None:
     console.print(
         f"held-out text: KL {figures['kl']:.4f} nats a character, loss "
         f"{figures['loss_before']:.3f} before, {figures['loss_after']:.3f} after; "
-        f"{figures['converted']} of {figures['sites']} norms converted; "
+        f"{figures['converted']} of {figures['sites']} norms converted, "
+        f"{figures['affine']} to affine maps; "
         f"KL on the report's samples {report.error:.4f} (budget {options.max_error}, "
         f"mode {options.mode})"
     )

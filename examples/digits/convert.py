@@ -22,6 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=["budget", "all"], default="budget")
     parser.add_argument("--max-error", type=float, default=0.05)
     parser.add_argument("--fit", choices=["auto", "diagonal", "full"], default="auto")
+    parser.add_argument("--affine", action="store_true", help="sites may become affine maps")
     parser.add_argument("--output-folder", type=Path, default=Path("build/digits"))
     return parser.parse_args()
 
@@ -30,8 +31,7 @@ def sites_table(report: dyt_compile.Report) -> Table:
     table = Table("site", "now", "fit", "fit error")
     for site in report.sites:
         fit_error = "" if site.fit_error is None else f"{site.fit_error:.3f}"
-        now = "DyT" if site.converted else "norm"
-        table.add_row(site.name, now, site.fit or "", fit_error)
+        table.add_row(site.name, site.now, site.fit or "", fit_error)
     return table
 
 
@@ -49,6 +49,7 @@ def main() -> None:
         budget=options.max_error,
         metric="relative",
         fit=options.fit,
+        affine=options.affine,
     )
     exported = dyt_compile.export_onnx(result, folder / "model.onnx", opset=20)
     seconds = time.perf_counter() - started
@@ -61,7 +62,8 @@ def main() -> None:
         "error": report.error,
         "budget": report.budget,
         "sites": len(report.sites),
-        "converted": sum(site.converted for site in report.sites),
+        "converted": report.converted,
+        "affine": report.affine,
         "fits": [site.fit for site in report.sites],
         "seconds": seconds,
     }
@@ -71,7 +73,8 @@ def main() -> None:
     console.print(sites_table(report))
     console.print(
         f"accuracy {figures['accuracy_before']:.1%} before, {figures['accuracy_after']:.1%} after; "
-        f"{figures['converted']} of {figures['sites']} norms converted; "
+        f"{figures['converted']} of {figures['sites']} norms converted, "
+        f"{figures['affine']} to affine maps; "
         f"output error {report.error:.3f} (budget {options.max_error}, mode {options.mode})"
     )
     console.print(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -354,10 +355,28 @@ def test_convert_writes_a_program_that_runs_without_this_package(
 def test_convert_writes_weights(model: str, data: str, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     options = ["--data", data, "--mode", "all", "--fit", "diagonal"]
-    assert convert(model, "-o", out, *options) == 0
+    assert convert(model, "-o", out, *options, "--no-fold") == 0
     held = load_file(out)
     assert held["0.norm.alpha"].shape == (1,)
     assert {"0.linear.weight", "1.norm.gamma", "1.norm.beta"} <= set(held)
+
+
+def test_convert_folds_and_says_so(model: str, data: str, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out.safetensors"
+    options = ["--data", data, "--mode", "all", "--fit", "diagonal"]
+    assert convert(model, "-o", out, *options) == 0
+    assert "0.norm.gamma" not in load_file(out)
+    assert "folded into weights: " in capsys.readouterr().out
+
+
+def test_convert_makes_affine_maps(model: str, data: str, tmp_path: Path) -> None:
+    out, report = tmp_path / "out.onnx", tmp_path / "report.json"
+    options = ["--data", data, "--max-error", "9", "--affine", "--report", report]
+    assert convert(model, "-o", out, *options) == 0
+    told = json.loads(report.read_text())
+    assert told["affine"] == sum(site["affine"] for site in told["sites"]) > 0
+    kinds = [node.op_type for node in onnx.load(out).graph.node]
+    assert sum("DyT" in kind for kind in kinds) == told["converted"] - told["affine"]
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".safetensors"])

@@ -9,6 +9,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import dyt_compile
-from dyt_compile import Conversion, convert, export_onnx
+from dyt_compile import Conversion, export_onnx
 from dyt_compile.dyt import DOMAIN, FORMS
 from dyt_compile.errors import ExportError, OptionError, VerificationError
 from dyt_compile.exporters import onnx as exporter
@@ -32,6 +33,8 @@ from dyt_compile.exporters.onnx import OnnxExport
 from dyt_compile.runtime import Session
 
 ort = pytest.importorskip("onnxruntime")
+convert = partial(dyt_compile.convert, fold=False)
+"""So that every DyT is seen with all of its values."""
 
 core = pytest.mark.core
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import onnx
 import onnxruntime
 import pytest
 
-from dyt_compile import convert, export_onnx, inspect
+import dyt_compile
+from dyt_compile import export_onnx, inspect
 from dyt_compile.sites import NormKind
 
 pytestmark = pytest.mark.core
+
+convert = partial(dyt_compile.convert, fold=False)
+"""So that every DyT is seen with all of its values."""
 
 FILES = Path(__file__).parents[1] / "files" / "onnx"
 

@@ -189,6 +189,56 @@ def test_folded_model_computes_the_same(name: str, route: str, tmp_path: Path) -
     assert all(entry.reason for entry in result.left)
 
 
+class One(nn.Module):
+    """A DyT and its one reader."""
+
+    def __init__(self, reader: nn.Module, shape: tuple[int, ...] = (C,), form: str = "DyT") -> None:
+        super().__init__()
+        self.norm, self.reader = DyT(shape, form), reader
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.reader(self.norm(x))
+        return y
+
+    def size(self, x: Tensor) -> Tensor:
+        """What the reader's terms add up to without their signs, in float64."""
+        wide = copy.deepcopy(self).double()
+        for parameter in wide.parameters():
+            parameter.data.abs_()
+        total: Tensor = wide(x.double().abs())
+        return total
+
+
+READERS: dict[str, tuple[Callable[[], One], tuple[int, ...]]] = {
+    "Linear": (lambda: One(nn.Linear(C, 7)), TOKENS),
+    "fused QKV without bias": (lambda: One(nn.Linear(C, 3 * C, bias=False)), TOKENS),
+    "1 x 1 convolution": (lambda: One(nn.Conv2d(C, 6, 1), (C, 1, 1)), IMAGE),
+    "grouped convolution": (lambda: One(nn.Conv2d(C, 6, 3, groups=3), (C, 1, 1)), IMAGE),
+    "padded convolution": (
+        lambda: One(nn.Conv2d(C, 6, 3, padding=1), (C, 1, 1), "DyTScale"),
+        IMAGE,
+    ),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", READERS)
+def test_fold_of_one_site_moves_a_value_by_two_units_of_rounding_at_most(
+    name: str, route: str, tmp_path: Path
+) -> None:
+    """Units of the sum of its terms' sizes: what one of them is rounded by is half of one."""
+    build, shape = READERS[name]
+    model, x = build().eval(), torch.randn(shape)
+    if "padded" in name:
+        model.norm.gamma = nn.Parameter(torch.rand(C, 1, 1) + 0.5)
+    with torch.no_grad():
+        before, size = model(x), model.size(x)
+        result, (after,) = folded(model, x, route, tmp_path)
+    (site,) = dyt_compile.inspect(result.model, (x,) if route == "torch" else ()).sites
+    assert site.affine == ()
+    assert bool(((after - before).double().abs() <= 2 * 2.0**-23 * size).all())
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_wrong_fold_is_noticed(
     route: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -503,10 +553,11 @@ def test_converted_model_folds_and_exports(tmp_path: Path) -> None:
 
     batches = [(torch.randn(8, T, C),) for _ in range(4)]
     model = Normed().eval()
-    plain = dyt_compile.convert(model, batches, mode="all", fit="diagonal")
-    result = dyt_compile.convert(model, batches, mode="all", fold=True, fit="diagonal")
-    assert plain.folded is None
+    plain = dyt_compile.convert(model, batches, mode="all", fold=False, fit="diagonal")
+    result = dyt_compile.convert(model, batches, mode="all", fit="diagonal")
+    assert (plain.folded, plain.unfolded) == (None, None)
     assert result.folded is not None
+    assert result.unfolded is not None
     assert [entry.what for entry in result.folded.folded] == ["beta", "gamma"]
     x = batches[0][0]
     assert difference([result.model(x)], [plain.model(x)]) < TOLERANCE

@@ -17,6 +17,7 @@ from dyt_compile.passes.plan import (
     FRONTIER,
     PATIENCE,
     Attempt,
+    Choice,
     Plan,
     frontier_sizes,
     in_order,
@@ -37,9 +38,10 @@ class Attempts:
         self.standard_error = standard_error
         self.asked: list[frozenset[str]] = []
 
-    def __call__(self, names: frozenset[str]) -> Attempt:
+    def __call__(self, choice: Choice) -> Attempt:
+        names = choice.names
         self.asked.append(names)
-        return Attempt(names, EMPTY, Measurement(self.error(names), self.standard_error, 100))
+        return Attempt(choice, EMPTY, Measurement(self.error(names), self.standard_error, 100))
 
 
 def _named(errors: list[float]) -> dict[str, float]:
@@ -225,9 +227,9 @@ def test_plan_of_attempts_that_convert_less_than_asked_says_what_they_did() -> N
     """A site may lose its fit once others are converted."""
     sensitivities = _named([0.01] * 5)
 
-    def attempt(names: frozenset[str]) -> Attempt:
-        done = names - {"site2"}
-        return Attempt(done, EMPTY, Measurement(0.01 * len(done), 0.0, 9))
+    def attempt(choice: Choice) -> Attempt:
+        done = Choice(choice.names - {"site2"})
+        return Attempt(done, EMPTY, Measurement(0.01 * len(done.names), 0.0, 9))
 
     planned = plan(sensitivities, attempt, 0.05)
     assert planned.converted == frozenset(sensitivities) - {"site2"}
@@ -240,7 +242,63 @@ def test_plan_hands_on_its_sensitivities() -> None:
 
 
 def test_order_is_from_the_least_sensitive_site_on_and_nan_is_last() -> None:
-    assert in_order({"broken": math.nan, "bad": 0.3, "good": 0.1}) == ["good", "bad", "broken"]
+    order = in_order({"broken": math.nan, "bad": 0.3, "good": 0.1})
+    assert [step.name for step in order] == ["good", "bad", "broken"]
+
+
+pairs = st.lists(st.tuples(st.floats(1e-3, 0.5), st.floats(0.5, 3.0)), max_size=12)
+
+
+@settings(deadline=None, max_examples=300)
+@given(pairs=pairs, budget=budgets)
+def test_plan_with_affine_maps_keeps_the_budget_and_gains_no_less_than_its_prefix(
+    pairs: list[tuple[float, float]], budget: float
+) -> None:
+    dyt = _named([error for error, _ in pairs])
+    affine = _named([error * factor for error, factor in pairs])
+    attempt = _attempt(dyt, affine)
+    planned = plan(dyt, attempt, budget, affine)
+    order = in_order(dyt, affine)
+    prefixes = [Choice().after(order[:size]) for size in range(len(order) + 1)]
+    largest = max(c.gain for c in prefixes if attempt(c).measurement.error <= budget)
+    found = Choice() if planned.chosen is None else planned.chosen.choice
+    assert found.gain >= largest
+    assert found.affine <= found.names
+    assert found.gain == 0 or _chosen_error(planned) <= budget
+    if min(dyt.values(), default=math.inf) <= budget:
+        assert found.gain > 0  # where an affine map is too much, DyT is tried
+
+
+def test_plan_takes_affine_maps_where_they_cost_little_more() -> None:
+    dyt, affine = {"flat": 0.01, "bent": 0.01}, {"flat": 0.012, "bent": 0.04}
+    planned = plan(dyt, _attempt(dyt, affine), 0.02, affine)
+    assert planned.chosen is not None
+    assert planned.chosen.choice == Choice(frozenset(dyt), frozenset({"flat"}))
+    assert planned.affine == affine
+
+
+def test_plan_takes_dyt_where_an_affine_map_is_too_much() -> None:
+    dyt, affine = {"site": 0.05}, {"site": 0.06}
+    planned = plan(dyt, _attempt(dyt, affine), 0.055, affine)
+    assert planned.chosen is not None
+    assert planned.chosen.choice == Choice(frozenset({"site"}))
+
+
+def test_steps_put_dyt_before_an_affine_map_that_costs_much_more() -> None:
+    cheap, dear = (in_order({"site": 0.1}, {"site": error}) for error in (0.11, 0.3))
+    assert [step.affine for step in cheap] == [True, False]
+    assert [step.affine for step in dear] == [False, True]
+    assert [step.affine for step in in_order({"site": 0.1})] == [False]
+
+
+def _attempt(dyt: dict[str, float], affine: dict[str, float]) -> Callable[[Choice], Attempt]:
+    """Attempts at choices, whose errors add in squares."""
+
+    def attempt(choice: Choice) -> Attempt:
+        errors = [(affine if n in choice.affine else dyt)[n] for n in choice.names]
+        return Attempt(choice, EMPTY, Measurement(math.hypot(*errors), 0.0, 100))
+
+    return attempt
 
 
 @pytest.mark.parametrize("sites", [0, 1, 9, FRONTIER])

@@ -277,7 +277,7 @@ function drawDepth(id, title, traces) {
 }
 
 const alphas = sites.map((site, place) => site.alpha ?? data.scatters[place]?.fit?.alpha ?? null);
-const isDyt = (place) => sites[place].now === "DyT";
+const isConverted = (place) => sites[place].now !== "norm";
 
 function split(name, values, chosen, colour) {
   return overDepth(
@@ -285,13 +285,13 @@ function split(name, values, chosen, colour) {
     values.map((value, place) => (chosen(place) ? value : null)),
     colour,
     "circle",
-    isDyt,
+    isConverted,
   );
 }
 
 function drawCharts() {
   const { dyt, norm, quiet } = colours();
-  const kept = (place) => !isDyt(place);
+  const kept = (place) => !isConverted(place);
   const alone = sites.map((site) => site.sensitivity);
   const middle = sites.map((site) => site.sigma_median);
   const largest = sites.map((site) =>
@@ -304,7 +304,7 @@ function drawCharts() {
       alone.some(known),
       () =>
         drawDepth("alone", data.cost?.measure ?? "", [
-          split("DyT", alone, isDyt, dyt),
+          split("converted", alone, isConverted, dyt),
           split("norm", alone, kept, norm),
         ]),
     ],
@@ -312,7 +312,7 @@ function drawCharts() {
       alphas.some(known),
       () =>
         drawDepth("alpha", "α", [
-          split("DyT", alphas, isDyt, dyt),
+          split("converted", alphas, isConverted, dyt),
           split("norm", alphas, kept, norm),
         ]),
     ],

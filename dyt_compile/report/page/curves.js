@@ -76,7 +76,8 @@ function select(place, scroll) {
   byId("site").value = String(selected);
   byId("previous").disabled = selected === 0;
   byId("next").disabled = selected === sites.length - 1;
-  const told = [site.now === "DyT" ? "DyT" : `keeps its norm: ${site.reason}`];
+  const affine = "an affine map in the weights of its readers";
+  const told = [{ DyT: "DyT", affine }[site.now] ?? `keeps its norm: ${site.reason}`];
   if (known(alphas[selected])) told.push(`α ${significant(number(alphas[selected]))}`);
   if (site.fit_error !== null) told.push(`fit error ${significant(number(site.fit_error))}`);
   byId("about-site").textContent = told.join(" · ");
