@@ -23,6 +23,7 @@ LAYERS = (
     (
         "sites",
         "proof",
+        "bounds",
         "calibration",
         "channels",
         "constants",
