@@ -51,10 +51,7 @@ class Format:
         exact = bound / self.largest
         if self.powers:
             exact = 2.0 ** np.ceil(np.log2(exact))
-        kept = np.asarray(exact).astype(wide)
-        if kept.astype(np.float64) < exact:  # the bound would be cut off
-            kept = np.nextafter(kept, np.asarray(np.inf).astype(wide))
-        return np.asarray(kept)
+        return np.asarray(exact).astype(wide)  # what that loses is less than half a step
 
     def scales(self, weight: Array, axis: int) -> Array:
         """The scales of a weight, one for each place along `axis`, that of its output channels."""
@@ -102,7 +99,7 @@ class _Writer:
         self._graph = model.graph
         self._form = form
         self._names = Names(model)
-        self._activations: dict[tuple[ir.Value, float], ir.Value] = {}
+        self._activations: dict[tuple[ir.Value, float], list[ir.Value]] = {}
         self._weights: dict[tuple[ir.Value, int], ir.Value] = {}
         self._biases: dict[tuple[ir.Value, int], ir.Value] = {}
 
@@ -112,16 +109,24 @@ class _Writer:
         if node is None or x is None or weight is None:
             raise RewriteError(f"{product.output.name!r} is no product of two values")
         axis = _channels(node)
-        if (x, product.bound) not in self._activations:
-            self._activations[x, product.bound] = self._activation(node, x, product.bound)
         if (weight, axis) not in self._weights:
             self._weights[weight, axis] = self._weight(node, weight, product.weight, axis)
-        node.replace_input_with(0, self._activations[x, product.bound])
+        node.replace_input_with(0, self._activation(node, x, product.bound))
         node.replace_input_with(1, self._weights[weight, axis])
         if node.op_type != "Conv" and x.shape is not None:
             self._keep_bias(node, len(x.shape))
 
-    def _activation(self, before: ir.Node, x: ir.Value, bound: float) -> ir.Value:
+    def _activation(self, product: ir.Node, x: ir.Value, bound: float) -> ir.Value:
+        """The numbers that one product reads: ONNX Runtime fuses no DequantizeLinear of two."""
+        if (x, bound) not in self._activations:
+            self._activations[x, bound] = self._quantized(product, x, bound)
+        operands = self._activations[x, bound]
+        y = self._added(product, "DequantizeLinear", operands, f"{x.name}_dequantized")
+        y.type, y.shape = x.type, x.shape
+        return y
+
+    def _quantized(self, before: ir.Node, x: ir.Value, bound: float) -> list[ir.Value]:
+        """x over eight bits, with its scale and its zero point."""
         wide = _wide(x)
         constants = [
             self._held(f"{x.name}_scale", self._form.scale(bound, wide.numpy()), wide),
@@ -129,9 +134,7 @@ class _Writer:
         ]
         narrow = self._added(before, "QuantizeLinear", [x, *constants], f"{x.name}_quantized")
         narrow.type, narrow.shape = ir.TensorType(self._form.dtype), x.shape
-        y = self._added(before, "DequantizeLinear", [narrow, *constants], f"{x.name}_dequantized")
-        y.type, y.shape = x.type, x.shape
-        return y
+        return [narrow, *constants]
 
     def _weight(self, before: ir.Node, weight: ir.Value, array: Array, axis: int) -> ir.Value:
         wide, form = _wide(weight), self._form
