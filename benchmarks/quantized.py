@@ -48,6 +48,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--weights", type=Path, help="of the digits ViT with DyT, kept there")
+    parser.add_argument(
+        "--folder", type=Path, help="keeps the files of ViT-B, and takes them again"
+    )
     return parser.parse_args()
 
 
@@ -91,6 +94,8 @@ def peer(path: Path, batches: Iterable[np.ndarray]) -> Path:
 
     model = onnx.load(path)
     target = path.with_name(f"peer-{path.name}")
+    if target.exists():
+        return target
     quantization.quantize_static(
         str(path),
         str(target),
@@ -165,6 +170,8 @@ def runtimes() -> dict[str, tuple[Callable[[Path, int], Run], Callable[[Path], s
 
 
 def exported(model: nn.Module, example: torch.Tensor, path: Path, **options: Any) -> Path:
+    if path.exists():
+        return path
     made = dyt_compile.convert(model, example=(example,), mode="exact", **options)
     return dyt_compile.export_onnx(made, path).path
 
@@ -184,7 +191,7 @@ def forms(norms: nn.Module, dyt: nn.Module, batches: list[torch.Tensor], folder:
     }
 
 
-def times(pairs: int, threads: int, console: Console) -> None:
+def times(pairs: int, threads: int, kept: Path | None, console: Console) -> None:
     import timm
 
     torch.manual_seed(0)
@@ -193,7 +200,7 @@ def times(pairs: int, threads: int, console: Console) -> None:
     batches = [torch.randn(2, 3, 224, 224) for _ in range(CALIBRATION)]
     x = torch.randn(1, 3, 224, 224).numpy()
     with tempfile.TemporaryDirectory() as folder:
-        files = forms(norms, dyt, batches, Path(folder))
+        files = forms(norms, dyt, batches, kept or Path(folder))
         for runtime, (load, kernels) in runtimes().items():
             runs = {name: load(path, threads) for name, path in files.items()}
             seconds = alternated(runs, x, pairs)
@@ -292,7 +299,7 @@ def main() -> None:
     if options.errors or not options.times:
         errors(options.weights, console)
     if options.times or not options.errors:
-        times(options.pairs, options.threads, console)
+        times(options.pairs, options.threads, options.folder, console)
 
 
 if __name__ == "__main__":

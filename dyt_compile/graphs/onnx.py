@@ -184,13 +184,14 @@ class OnnxGraph:
         """The version of ONNX's own operators."""
         return int(self._model.opset_imports[""])
 
-    def quantize(self, products: Iterable[Product], form: Format) -> OnnxGraph:
+    def quantize(self, products: Iterable[Product], form: Format, *, shared: bool) -> OnnxGraph:
         """A new graph with these products of its own over few bits; the other weights are shared.
 
-        Where the scales are from, and how biases are kept, is in `onnx_quantize`.
+        Where the scales are from, how biases are kept, and `shared` is in `onnx_quantize`.
         """
         model, copies = self._copied()
-        write_products(model, [replace(p, output=copies[p.output]) for p in products], form)
+        own = [replace(p, output=copies[p.output]) for p in products]
+        write_products(model, own, form, shared=shared)
         ir_passes.RemoveUnusedNodesPass()(model)
         return OnnxGraph(self.name, model, self._provider)
 

@@ -11,6 +11,7 @@ becomes a Gemm without a bias, and the bias of any other gets as many axes as th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,9 +85,15 @@ class Product:
     bound: float
 
 
-def write_products(model: ir.Model, products: Iterable[Product], form: Format) -> None:
-    """Write the products of the main graph over few bits, in place."""
-    writer = _Writer(model, form)
+def write_products(
+    model: ir.Model, products: Iterable[Product], form: Format, *, shared: bool
+) -> None:
+    """Write the products of the main graph over few bits, in place.
+
+    shared: products of one value read one QuantizeLinear. ONNX Runtime has then no integer kernels
+    for INT8 on x86, where its optimizer makes UINT8 of a value that a single product reads.
+    """
+    writer = _Writer(model, form, shared)
     for product in products:
         writer.write(product)
     model.graph.sort()
@@ -95,11 +102,14 @@ def write_products(model: ir.Model, products: Iterable[Product], form: Format) -
 class _Writer:
     """What is written so far: values that several products read are quantized once."""
 
-    def __init__(self, model: ir.Model, form: Format) -> None:
+    def __init__(self, model: ir.Model, form: Format, shared: bool) -> None:
+        self._shared = shared
         self._graph = model.graph
         self._form = form
         self._names = Names(model)
-        self._activations: dict[tuple[ir.Value, float], list[ir.Value]] = {}
+        self._activations: dict[ir.Value, list[ir.Value]] = {}
+        self._readers: Counter[ir.Value] = Counter()
+        self._narrow: dict[ir.Value, ir.Value] = {}
         self._weights: dict[tuple[ir.Value, int], ir.Value] = {}
         self._biases: dict[tuple[ir.Value, int], ir.Value] = {}
 
@@ -118,23 +128,38 @@ class _Writer:
 
     def _activation(self, product: ir.Node, x: ir.Value, bound: float) -> ir.Value:
         """The numbers that one product reads: ONNX Runtime fuses no DequantizeLinear of two."""
-        if (x, bound) not in self._activations:
-            self._activations[x, bound] = self._quantized(product, x, bound)
-        operands = self._activations[x, bound]
-        y = self._added(product, "DequantizeLinear", operands, f"{x.name}_dequantized")
+        if x not in self._activations:
+            self._activations[x] = self._scale_and_zero(x, bound)
+        constants = self._activations[x]
+        narrow = self._quantized(product, x, constants)
+        y = self._added(product, "DequantizeLinear", [narrow, *constants], f"{x.name}_dequantized")
         y.type, y.shape = x.type, x.shape
         return y
 
-    def _quantized(self, before: ir.Node, x: ir.Value, bound: float) -> list[ir.Value]:
-        """x over eight bits, with its scale and its zero point."""
+    def _quantized(self, before: ir.Node, x: ir.Value, constants: list[ir.Value]) -> ir.Value:
+        """x over eight bits.
+
+        What tells the quantizers of several products apart is an axis, without meaning where there
+        is one scale: equal ones become one in ONNX Runtime.
+        """
+        place, rank = self._readers[x], 1 if x.shape is None else len(x.shape)
+        self._readers[x] += 1
+        if place and self._shared:
+            return self._narrow[x]
+        attributes = {"axis": place % (2 * rank) - rank} if place else None
+        y = self._added(
+            before, "QuantizeLinear", [x, *constants], f"{x.name}_quantized", attributes
+        )
+        y.type, y.shape = ir.TensorType(self._form.dtype), x.shape
+        self._narrow[x] = y
+        return y
+
+    def _scale_and_zero(self, x: ir.Value, bound: float) -> list[ir.Value]:
         wide = _wide(x)
-        constants = [
+        return [
             self._held(f"{x.name}_scale", self._form.scale(bound, wide.numpy()), wide),
             self._held(f"{x.name}_zero", np.zeros((), self._form.dtype.numpy()), self._form.dtype),
         ]
-        narrow = self._added(before, "QuantizeLinear", [x, *constants], f"{x.name}_quantized")
-        narrow.type, narrow.shape = ir.TensorType(self._form.dtype), x.shape
-        return [narrow, *constants]
 
     def _weight(self, before: ir.Node, weight: ir.Value, array: Array, axis: int) -> ir.Value:
         wide, form = _wide(weight), self._form

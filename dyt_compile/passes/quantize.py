@@ -57,6 +57,9 @@ RUNTIMES: Mapping[str, Callable[[Term], str | None]] = {
 }  # fmt: skip
 """Who the file is for, and why a product is left in float for it."""
 
+SHARING = ("openvino", "tensorrt")
+"""Runtimes in which several products may read one QuantizeLinear; see `onnx_quantize`."""
+
 WITH_FP8 = ("any", "tensorrt")
 """Runtimes with kernels for FP8; elsewhere such a file runs, and slower than it was."""
 
@@ -134,7 +137,7 @@ def quantize(graph: OnnxGraph, found: Match, dtype: str, runtime: str = "any") -
     taken = {term: bound for term, bound in reads.items() if term not in refused}
     products = [_product(graph, term, bound) for term, bound in taken.items()]
     return Quantization(
-        graph.quantize(products, form),
+        graph.quantize(products, form, shared=runtime in SHARING),
         dtype,
         runtime,
         len(products),

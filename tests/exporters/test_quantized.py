@@ -110,7 +110,7 @@ def test_every_product_behind_a_dyt_runs_as_integers(trained: nn.Module, tmp_pat
     assert found["MatMulIntegerToFloat"] == PRODUCTS - 1
     assert found["QGemm"] == 1
     assert not found["DequantizeLinear"]
-    assert found["QuantizeLinear"] == 2 * BLOCKS + 1
+    assert found["QuantizeLinear"] == PRODUCTS
 
 
 def test_every_product_behind_a_dyt_runs_as_integers_in_openvino(
@@ -142,7 +142,7 @@ def test_tensorrt_quantises_inside_the_kernel_of_the_dyt(
         layer for layer in layers
         if "Tanh" in layer.name and any("quantized" in source for source in layer.sources)
     ]  # fmt: skip
-    assert len(behind) == 2 * BLOCKS + 1
+    assert len(behind) >= 2 * BLOCKS  # before the head stands a mean
 
 
 def test_torch_files_of_a_quantised_model_are_refused(trained: nn.Module, tmp_path: Path) -> None:

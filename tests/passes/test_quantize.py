@@ -25,6 +25,7 @@ import dyt_compile
 from dyt_compile.compiler import Conversion
 from dyt_compile.errors import BudgetError, OptionError
 from dyt_compile.graphs.onnx_quantize import FORMATS
+from dyt_compile.passes.quantize import RUNTIMES
 from dyt_compile.runtime import Session
 
 ort = pytest.importorskip("onnxruntime")
@@ -224,21 +225,32 @@ def test_scale_rounds_the_bound_to_the_largest_number_or_below(
     assert (np.rint(largest) == 127) if dtype == "int8" else (224 < largest <= 448)
 
 
-def test_products_of_one_value_share_its_quantizer_and_channels_have_scales(
-    tmp_path: Path,
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_products_of_one_value_share_a_quantizer_where_the_runtime_allows_it(
+    runtime: str, tmp_path: Path
 ) -> None:
-    body = "p = MatMul(d, w) q = MatMul(d, v) y = Add(p, q)"
-    made, _ = case(body, "b, 5, ")
-    result = quantized(made).quantized
+    made, x = case("p = MatMul(d, w) q = MatMul(d, v) a = MatMul(d, w) e = Sub(p, q) y = Sub(e, a)",
+                   "b, 5, ")  # fmt: skip
+    result = quantized(made, runtime=runtime).quantized
     assert result is not None
-    assert (result.products, len(quantizers(result.model))) == (2, 1)
     found = optimized(result.model, tmp_path)
-    assert (found["MatMulIntegerToFloat"], found["DequantizeLinear"]) == (2, 0)
-    scales = [
+    assert result.products == 3
+    if runtime in ("any", "onnxruntime"):
+        assert (found["MatMulIntegerToFloat"], found["DequantizeLinear"]) == (3, 0)
+    else:
+        assert len(quantizers(result.model)) == 1
+    np.testing.assert_allclose(run(result.model, x), run(made, x), atol=0.3)
+
+
+def test_every_output_channel_has_a_scale() -> None:
+    made, _ = case("y = MatMul(d, w)", "b, 5, ")
+    result = quantized(made, fold=False).quantized
+    assert result is not None
+    (scales,) = (
         constant(node, 1) for node in result.model.graph
         if node.op_type == "DequantizeLinear" and constant_weight(node)
-    ]  # fmt: skip
-    assert [scale.shape for scale in scales] == [(N,), (N,)]
+    )  # fmt: skip
+    np.testing.assert_allclose(scales, np.abs(WEIGHTS["w"]).max(axis=0) / 127, rtol=1e-6)
 
 
 def constant_weight(node: ir.Node) -> bool:
