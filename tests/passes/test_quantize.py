@@ -112,6 +112,7 @@ LINEARS = {
 }  # fmt: skip
 LEADING = {"2 static": "4, ", "2 dynamic": "batch, ", "3 static": "2, 5, ", "3 dynamic": "b, 5, ",
            "4 static": "2, 3, 5, "}  # fmt: skip
+WEIGHTS["shift"] = np.array([0.3], np.float32)
 WEIGHTS["one"] = np.array([1], np.int64)
 
 CASES = [
@@ -202,6 +203,15 @@ def test_scale_of_an_unfolded_site_follows_from_gamma_and_beta() -> None:
     assert constant(node, 1) == pytest.approx(largest / 127, rel=1e-6)
     y = run(made, 100 * random(4, 5, C))  # saturated: the bound is reached, and never passed
     assert np.isfinite(y).all()
+
+
+def test_scale_of_derf_follows_from_gamma_and_beta_too() -> None:
+    derf = "s = Mul(x, alpha) a = Add(s, shift) t = Erf(a) m = Mul(t, gamma) d = Add(m, beta) "
+    result = quantized(model("y = MatMul(d, w)", f"b, 5, {C}", f"b, 5, {N}", dyt=derf)).quantized
+    assert result is not None
+    (site,) = result.sites
+    largest = (np.abs(WEIGHTS["gamma"]) + np.abs(WEIGHTS["beta"])).max()
+    assert site.bound == pytest.approx(float(largest), rel=1e-6)
 
 
 def test_fp8_keeps_small_numbers_out_of_the_subnormals() -> None:
