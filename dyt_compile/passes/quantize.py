@@ -34,6 +34,9 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 EVERY_FLOAT = 19
 
+NODES = ("MatMul", "Gemm", "Conv")
+"""What is written over eight bits; Einsum, too, may be a product."""
+
 
 def _any(term: Term) -> str | None:
     """ONNX Runtime runs a grouped convolution of dequantised numbers 20 times slower."""
@@ -161,11 +164,15 @@ def _refused(term: Term, opset: int) -> str | None:
     """Why no runtime could have the product over few bits."""
     x, weight = term.inputs[:2]
     named = f"`{term.output.name}`"
-    if not isinstance(x, Value) or not isinstance(weight, Value) or not is_fixed(weight):
+    if not isinstance(x, Value) or not isinstance(weight, Value):
+        return spoken(term)
+    if is_fixed(x):
+        return f"{named}, whose weight stands before it"
+    if not is_fixed(weight):
         return f"the product with another activation {named}"
     if is_quantised(weight):
         return f"the quantised weight of {named}"
-    if is_fixed(x) or term.output.native is None or term.within or weight.shape is None:
+    if term.label not in NODES or term.within or weight.shape is None:
         return spoken(term)
     if term.op is Op.MATMUL and len(weight.shape) != 2:
         return f"{named}, whose weight is no matrix"

@@ -295,6 +295,13 @@ LEFT = {
         "the product with another activation",
     ),
     "experts": ("y = MatMul(d, experts)", f"3, 5, {C}", f"3, 5, {N}", DYT, "is no matrix"),
+    "einsum": (
+        'y = Einsum<equation="bsd,df->bsf">(d, w)', f"b, 5, {C}", f"b, 5, {N}", DYT, "(Einsum)",
+    ),
+    "weight first": (
+        "u = Transpose<perm=[1,0]>(d) y = MatMul(wt, u)", f"b, {C}", f"{N}, b", DYT,
+        "whose weight stands before it",
+    ),
     "activation": ("y = Relu(d)", f"b, 5, {C}", f"b, 5, {C}", DYT, "the activation"),
     "output": ("y = Identity(d)", f"b, 5, {C}", f"b, 5, {C}", DYT, "the model's output"),
 }  # fmt: skip
