@@ -16,6 +16,7 @@ __all__ = [
     "NormKind",
     "NormSite",
     "PluginInfo",
+    "Quantization",
     "Refusal",
     "Report",
     "__version__",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .exporters.plugin.build import PluginInfo, build_plugin, plugin_info
     from .exporters.tensorrt import build_engine
     from .passes.fold import Folded
+    from .passes.quantize import Quantization
     from .recovery import recover
     from .report import Report
     from .report.writing import write_report
@@ -62,6 +64,7 @@ _HOMES = {
     "NormKind": "sites",
     "NormSite": "sites",
     "PluginInfo": "exporters.plugin.build",
+    "Quantization": "passes.quantize",
     "Refusal": "sites",
     "Report": "report",
     "backend": "backends",

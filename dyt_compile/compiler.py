@@ -7,27 +7,31 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
-from .data import SHARES, UNPLANNED, split, whole
-from .errors import DataError, OptionError
+from .data import SHARES, UNPLANNED, Part, split, whole
+from .errors import BudgetError, DataError, OptionError
 from .exclusion import candidates, patterns
 from .graphs.base import Batch, Graph
-from .metrics import Measurement, Metric, check_metric, named
+from .graphs.onnx_quantize import FORMATS
+from .metrics import Measurement, Metric, check_metric, described, named
 from .passes.calibrate import calibrate as fit_sites
 from .passes.capture import capture
 from .passes.fold import Folded
 from .passes.fold import fold as fold_graph
 from .passes.match import match
+from .passes.quantize import Quantization, check_eight_bits
+from .passes.quantize import quantize as quantize_graph
 from .passes.rewrite import rewrite
 from .passes.verify import Reference, chosen_output
 from .report import Report
-from .report.assembly import assemble
-from .report.records import FrontierPoint
+from .report.assembly import assemble, quantization_report
+from .report.records import FrontierPoint, QuantizationReport
 from .saved_fits import apply, of_model
 from .shelf import Shelf
 from .sites import Match
@@ -51,6 +55,7 @@ class Conversion:
     passes and exporters see it; original: the graph that it was made from; calibration: None in
     mode "exact"; probe: a batch on which an exporter checks what it wrote; folded: what went into
     the weights, and unfolded: the graph before that, which `recover` trains; None without fold.
+    quantized: the same model over eight bits, which is what `export_onnx` then writes.
     """
 
     graph: Graph = field(repr=False)
@@ -61,6 +66,7 @@ class Conversion:
     probe: Batch | None = field(default=None, repr=False)
     folded: Folded | None = field(default=None, repr=False)
     unfolded: Graph | None = field(default=None, repr=False)
+    quantized: Quantization | None = field(default=None, repr=False)
 
     @property
     def model(self) -> Any:
@@ -124,6 +130,8 @@ def convert(
     affine: bool = False,
     frontier: bool = False,
     calibration: Calibration | str | Path | None = None,
+    quantize: str | None = None,
+    runtime: str = "any",
 ) -> Conversion:
     """Replace the norms of a model by Dynamic Tanh.
 
@@ -163,13 +171,21 @@ def convert(
     nothing is fitted or planned. It needs no batches; if there are some, the error is measured on
     all of them. It may have been made of the same model in another form (torch, ONNX) or dtype.
 
+    quantize: "int8" or "fp8": products and convolutions that read a DyT compute over eight bits in
+    the ONNX file that `export_onnx` writes; no calibration data is needed, as DyT is bounded
+    (`passes/quantize.py`). runtime: who the file is for, "any", "onnxruntime", "openvino" or
+    "tensorrt". With data the error that this adds is measured apart, and in modes "budget" and
+    "exact" the error of both together must be within the budget.
+
     The model itself stays as it is. The result's `model` has parameters of its own where a norm
     was replaced or a weight took something up, and shares all other weights with the original: to
     change one and keep the other (fine-tuning, moving it to another device), copy it first.
 
     Raises OptionError, CaptureError, DataError, CalibrationError for a calibration of another
-    model, and BudgetError if the error on the report samples exceeds the budget twice.
+    model, and BudgetError if the error on the report samples exceeds the budget twice, or with
+    eight bits once.
     """
+    check_eight_bits(quantize, runtime)
     if calibration is not None and mode is not None:
         raise OptionError(f"mode is {mode!r}; a calibration says what it converts: leave out mode")
     mode = _checked(mode, batches, budget, metric, seed)
@@ -192,6 +208,8 @@ def convert(
         output = chosen_output(graph, output)
     with clock("match"):
         found = match(graph)
+    eight = None if quantize is None else _EightBits(quantize, runtime, metric, budget, clock)
+    finished = partial(_finished, fold=fold, eight=eight)
     if calibration is not None:
         fits = of_model(calibration, graph, found, exclude)
         applied = apply(fits, graph, found, batches, metric, output, clock)
@@ -206,13 +224,15 @@ def convert(
             seconds=clock.seconds,
         )
         probe = _probe(graph, args, kwargs)
-        return concluded(Conversion(applied.graph, graph, found, fits, report, probe), fold)
+        made = Conversion(applied.graph, graph, found, fits, report, probe)
+        return finished(made, None if batches is None else whole(graph, batches))
     if mode == "exact" or batches is None:
         with clock("rewrite"):
             rewritten = rewrite(graph, found, None, ())
         report = assemble(graph, found, mode, named(metric), output, seconds=clock.seconds)
         probe = _probe(graph, args, kwargs)
-        return concluded(Conversion(rewritten, graph, found, None, report, probe), fold)
+        made = Conversion(rewritten, graph, found, None, report, probe)
+        return finished(made, None if batches is None else whole(graph, batches))
     shares = UNPLANNED if mode == "all" and not frontier else SHARES
     with Shelf(graph) as shelf:
         samples = split(graph, batches, seed, shares)
@@ -247,7 +267,8 @@ def convert(
     chosen = outcome.planned.chosen
     kept = trials.isolated if chosen is None else chosen.calibration
     probe = _probe(graph, args, kwargs)
-    return concluded(Conversion(outcome.graph, graph, found, kept, report, probe), fold)
+    made = Conversion(outcome.graph, graph, found, kept, report, probe)
+    return finished(made, samples.report)
 
 
 def calibrate(
@@ -300,6 +321,14 @@ def calibrate(
     return replace(fitted, converted=frozenset(able))
 
 
+def _finished(
+    result: Conversion, samples: Part | None, *, fold: bool, eight: _EightBits | None
+) -> Conversion:
+    """The conversion folded, and over eight bits, if that is wanted."""
+    made = concluded(result, fold)
+    return made if eight is None else eight(made, samples)
+
+
 def concluded(result: Conversion, fold: bool) -> Conversion:
     """The conversion with its graph folded, if that is wanted."""
     if not fold:
@@ -333,6 +362,53 @@ def compare(
         samples = whole(original, batches)
         reference = Reference(original, samples, shelf, output=output, metric=metric)
         return reference.measure(other)
+
+
+@dataclass(frozen=True)
+class _EightBits:
+    """What quantises a conversion, and measures what that costs where there are samples."""
+
+    dtype: str
+    runtime: str
+    metric: Metric
+    budget: float
+    clock: _Clock
+
+    def __call__(self, result: Conversion, samples: Part | None) -> Conversion:
+        from .exporters.onnx import onnx_graph
+
+        with self.clock("quantize"):
+            graph = onnx_graph(result.graph, FORMATS[self.dtype].opset)
+            made = quantize_graph(graph, match(graph), self.dtype, self.runtime)
+            told = quantization_report(made, *self._measured(result, made, samples))
+        self._check(result.report, told)
+        report = replace(result.report, quantized=told, seconds=self.clock.seconds)
+        return replace(result, quantized=made, report=report)
+
+    def _measured(
+        self, result: Conversion, made: Quantization, samples: Part | None
+    ) -> tuple[Measurement | None, Measurement | None]:
+        """The error against the converted model, and that against the original."""
+        if samples is None:
+            return None, None
+        output = result.report.output
+        with Shelf(result.original) as shelf:
+            own, total = (
+                Reference(graph, samples, shelf, output=output, metric=self.metric)
+                for graph in (result.graph, result.original)
+            )
+            return own.measure(made.graph), total.measure(made.graph)
+
+    def _check(self, report: Report, told: QuantizationReport) -> None:
+        if told.total is None or report.mode not in ("budget", "exact"):
+            return
+        if not told.total <= self.budget:
+            without = "" if report.error is None else f", that of converting {report.error:.3g}"
+            raise BudgetError(
+                f"the {described(report.metric)} of the model over eight bits is {told.total:.3g}, "
+                f"above the budget of {self.budget:g}; that of quantising is {told.error:.3g}"
+                f"{without}"
+            )
 
 
 class _Clock:

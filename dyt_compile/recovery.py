@@ -152,6 +152,11 @@ def _checked(
             f"{result.report.model!r} came from an ONNX file, which has no gradients: recover "
             "needs the torch model; from ONNX the closed-form fits of convert are all there is"
         )
+    if result.quantized is not None:
+        raise OptionError(
+            "the result is quantised, and recover trains floats: convert without quantize, "
+            "recover, export, and convert that file with quantize"
+        )
     if result.report.error is None or not result.report.converted:
         raise OptionError("no norm was converted: there is nothing to recover")
     if staged and not _groups(result):

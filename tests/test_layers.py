@@ -24,6 +24,7 @@ LAYERS = (
     (
         "sites",
         "proof",
+        "bounds",
         "calibration",
         "channels",
         "constants",

@@ -11,7 +11,12 @@ import typer
 from .. import compiler
 from ..errors import OptionError
 from ..progress import reporting
-from ..report.terminal import fold_table, frontier_table, report_table
+from ..report.terminal import (
+    fold_table,
+    frontier_table,
+    quantization_table,
+    report_table,
+)
 from ..report.writing import check_target, write_report
 from .options import (
     BatchSize,
@@ -70,6 +75,22 @@ class Dtype(str, Enum):
     bf16 = "bf16"
 
 
+class EightBits(str, Enum):
+    """What products of a DyT's output compute in."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+
+
+class Runtime(str, Enum):
+    """Who a quantised file is for."""
+
+    any = "any"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    tensorrt = "tensorrt"
+
+
 Target = Annotated[
     Path, typer.Option("-o", "--out", help="Write .onnx, .pt2 or .safetensors.", show_default=False)
 ]
@@ -111,6 +132,15 @@ def convert(
         bool,
         typer.Option("--fuse", help="Add and QuantizeLinear around a DyT into its node (exact)."),
     ] = False,
+    quantize: Annotated[
+        EightBits | None,
+        typer.Option(
+            help="Eight bits for what reads a DyT; --max-error covers it.", show_default=False
+        ),
+    ] = None,
+    runtime: Annotated[
+        Runtime, typer.Option("--for", help="Who the quantised file is for.")
+    ] = Runtime.any,
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Also measure the error against converted sites.")
     ] = False,
@@ -122,8 +152,11 @@ def convert(
     norms are converted as keep the measured error within --max-error.
     """
     check_out(out)
-    if out.suffix != ".onnx" and (opset is not None or dtype is not Dtype.fp32 or fuse):
-        raise OptionError(f"--opset, --dtype and --fuse are of .onnx files; -o is {str(out)!r}")
+    onnx_alone = opset is not None or dtype is not Dtype.fp32 or fuse or quantize is not None
+    if out.suffix != ".onnx" and onnx_alone:
+        raise OptionError(
+            f"--opset, --dtype, --fuse and --quantize are of .onnx files; -o is {str(out)!r}"
+        )
     if calibration is not None and (data is None or mode is Mode.exact):
         raise OptionError("--calibration needs --data: mode exact fits nothing")
     for path in report or ():
@@ -147,6 +180,8 @@ def convert(
             affine=affine,
             frontier=frontier,
             calibration=fits,
+            quantize=None if quantize is None else quantize.value,
+            runtime=runtime.value,
         )
         written, told = write_model(
             result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider
@@ -158,6 +193,8 @@ def convert(
     console().print(report_table(result.report))
     if result.folded is not None:
         console().print(fold_table(result.folded))
+    if result.report.quantized is not None:
+        console().print(quantization_table(result.report))
     console().print(told, soft_wrap=True, highlight=False)
     for path in report or ():
         tell_written(write_report(result.report, path, exported=written))

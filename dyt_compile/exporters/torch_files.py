@@ -33,6 +33,8 @@ def export_torch(result: Conversion, path: str | Path) -> Path:
     if target.suffix not in SUFFIXES:
         raise OptionError(f"path is {str(target)!r}; allowed: {', '.join(SUFFIXES)}")
     graph: Any = result.graph
+    if result.quantized is not None:
+        raise OptionError(f"path is {str(target)!r}; a quantised model is written as .onnx alone")
     if not hasattr(graph, "program"):
         raise ExportError(f"{result.report.model!r} came from an ONNX file: only .onnx is written")
     with replaced(target) as temporary:

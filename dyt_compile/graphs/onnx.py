@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .onnx_constants import is_parameter, scalar, stored
 from .onnx_edits import make_edits, rounded
 from .onnx_precision import Names
 from .onnx_prepare import check_inputs, prepare, restore
+from .onnx_quantize import Format, Product, write_products
 from .onnx_scopes import SCOPES, Scopes
 from .onnx_terms import say
 
@@ -176,6 +178,22 @@ class OnnxGraph:
     def revise(self, edits: Iterable[Edit]) -> OnnxGraph:
         """A new graph with the edits made; the other weights are shared, not copied."""
         return self.replace((), edits)
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators."""
+        return int(self._model.opset_imports[""])
+
+    def quantize(self, products: Iterable[Product], form: Format, *, shared: bool) -> OnnxGraph:
+        """A new graph with these products of its own over few bits; the other weights are shared.
+
+        Where the scales are from, how biases are kept, and `shared` is in `onnx_quantize`.
+        """
+        model, copies = self._copied()
+        own = [replace(p, output=copies[p.output]) for p in products]
+        write_products(model, own, form, shared=shared)
+        ir_passes.RemoveUnusedNodesPass()(model)
+        return OnnxGraph(self.name, model, self._provider)
 
     def _copied(self) -> tuple[ir.Model, dict[ir.Value, ir.Value]]:
         """A copy of the model that shares its weights, and its values by those of the model."""

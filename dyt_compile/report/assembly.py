@@ -12,10 +12,18 @@ from ..calibration import Calibration
 from ..graphs.base import Graph
 from ..metrics import Measurement
 from ..passes.plan import Plan
+from ..passes.quantize import Quantization
 from ..sites import Match, NormSite
-from .records import FrontierPoint, RefitReport, Report, SiteReport, environment
+from .records import (
+    FrontierPoint,
+    QuantizationReport,
+    RefitReport,
+    Report,
+    SiteReport,
+    environment,
+)
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "quantization_report"]
 
 
 def assemble(
@@ -57,6 +65,24 @@ def assemble(
         seconds=seconds,
         environment=environment(),
         frontier=frontier,
+    )
+
+
+def quantization_report(
+    made: Quantization, own: Measurement | None, total: Measurement | None
+) -> QuantizationReport:
+    """own, total: the error against the converted and the original model, None without data."""
+    return QuantizationReport(
+        made.dtype,
+        made.runtime,
+        made.products,
+        tuple((site.name, site.bound, site.into) for site in made.sites),
+        tuple((left.name, left.reason) for left in made.left),
+        None if own is None else own.error,
+        None if own is None else own.standard_error,
+        None if total is None else total.error,
+        None if total is None else total.standard_error,
+        0 if total is None else total.samples,
     )
 
 

@@ -20,7 +20,7 @@ from ..exporters.onnx import OnnxExport
 from ..metrics import described
 from ..scatter import Scatter
 from ..sites import Match
-from .records import Report, environment
+from .records import QuantizationReport, Report, environment
 
 __all__ = ["check_plotly", "page"]
 
@@ -251,6 +251,8 @@ def _cards(report: Report, exported: OnnxExport | None) -> list[dict[str, str]]:
     if report.recovery is not None:
         before = f"{report.recovery.before:.3g}"
         cards.append(("Before recovery", before, report.recovery.told()))
+    if report.quantized is not None:
+        cards.append(("Error of quantising", *_quantising(report.quantized)))
     if report.budget is not None:
         cards.append(("Budget", f"{report.budget:g}", f"for the {described(report.metric)}"))
     cards.append(("Refused", str(len(report.refusals)), "normalizations that DyT cannot stand for"))
@@ -262,6 +264,16 @@ def _cards(report: Report, exported: OnnxExport | None) -> list[dict[str, str]]:
         )
         cards.append(("Export error", "not run" if checked is None else f"{checked:.1g}", note))
     return [dict(zip(("label", "value", "note"), card, strict=True)) for card in cards]
+
+
+def _quantising(told: QuantizationReport) -> tuple[str, str]:
+    """What eight bits cost apart from the conversion, and a note on it."""
+    products = f"{told.products} products in {told.dtype}"
+    if told.error is None or told.total is None:
+        return "not measured", f"{products}; there was no data"
+    total = _error(told.total, told.total_standard_error)
+    against = "against the converted model; against the original the error is"
+    return _error(told.error, told.standard_error), f"{products}, {against} {total}"
 
 
 def _symbols(parameters: Iterable[str]) -> str:

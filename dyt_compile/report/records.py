@@ -15,7 +15,10 @@ from typing import Any
 from ..files import replaced
 from ..scatter import Scatter
 
-__all__ = ["FrontierPoint", "Recovery", "RefitReport", "Report", "SiteReport", "environment"]
+__all__ = [
+    "FrontierPoint", "QuantizationReport", "Recovery", "RefitReport", "Report", "SiteReport",
+    "environment",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,30 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class QuantizationReport:
+    """What computes over eight bits, and what that costs.
+
+    dtype: "int8" or "fp8"; runtime: who the file is for; products: how many matrix products and
+    convolutions. sites: name, largest absolute value, and the products that read it; left: name,
+    and why what reads it stayed in float.
+    error, standard_error: of the quantised against the converted model, in the report's metric;
+    total, total_standard_error: of the quantised against the original one, on `samples` samples.
+    Without data there is none of these.
+    """
+
+    dtype: str
+    runtime: str
+    products: int
+    sites: tuple[tuple[str, float, tuple[str, ...]], ...]
+    left: tuple[tuple[str, str], ...]
+    error: float | None = None
+    standard_error: float | None = None
+    total: float | None = None
+    total_standard_error: float | None = None
+    samples: int = 0
+
+
+@dataclass(frozen=True)
 class Report:
     """What was converted, what it cost, what was kept and why.
 
@@ -136,6 +163,7 @@ class Report:
     is what the original scores more than the converted model.
     recovery: None where `recover` took no part. frontier: empty where it was not asked for.
     refits: linear layers whose weights the conversion moved, by the name of the weight.
+    quantized: None where that was not asked for; its error is its own, `error` is without it.
     recovery: None where `recover` took no part.
     """
 
@@ -155,6 +183,7 @@ class Report:
     recovery: Recovery | None = None
     frontier: tuple[FrontierPoint, ...] = ()
     refits: tuple[RefitReport, ...] = ()
+    quantized: QuantizationReport | None = None
 
     @property
     def converted(self) -> int:

@@ -19,7 +19,10 @@ from ..passes.fold import Folded
 from ..sites import Match, NormSite
 from .records import Report
 
-__all__ = ["fold_table", "frontier_table", "match_table", "report_table"]
+__all__ = [
+    "fold_table", "frontier_table", "match_table", "quantization_line",
+    "quantization_table", "report_table",
+]  # fmt: skip
 
 BAR = 24
 """Columns of the largest bar."""
@@ -169,6 +172,45 @@ def fold_table(folded: Folded) -> RenderableType:
             table.add_row(Text(names), left[0].what, Text(left[0].reason))
         parts.append(table)
     return Group(*parts)
+
+
+def quantization_table(report: Report) -> RenderableType:
+    """What computes over eight bits, what stayed in float and why, and what quantising costs."""
+    told = report.quantized
+    if told is None:
+        return Text("")
+    parts: list[RenderableType] = []
+    table = _table(f"read in {told.dtype}", "largest", "read by")
+    for group in _grouped(told.sites, lambda e: (_alike(e[0]), *map(_alike, e[2]))):
+        readers = zip(*(names for _, _, names in group), strict=True)
+        read_by = ", ".join(map(_joint, readers))
+        table.add_row(
+            Text(_joint([e[0] for e in group])), _span(e[1] for e in group), Text(read_by)
+        )
+    if told.sites:
+        parts.append(table)
+    left = _table("left in float", "reason")
+    for kept in _grouped(told.left, lambda e: (_alike(e[0]), _alike(e[1]))):
+        left.add_row(Text(_joint([e[0] for e in kept])), Text(kept[0][1]))
+    if told.left:
+        parts.append(left)
+    parts.append(Text(quantization_line(report), style="bold"))
+    return Group(*parts)
+
+
+def quantization_line(report: Report) -> str:
+    """One line: how many products, and the error of quantising apart from that of converting."""
+    told = report.quantized
+    if told is None:
+        return ""
+    count = f"{told.products} products in {told.dtype} (for {told.runtime})"
+    if told.error is None or told.total is None:
+        return f"{count}; without data the error of quantising was not measured"
+    return (
+        f"{count}; {described(report.metric)} of quantising {told.error:.3g} "
+        f"± {told.standard_error:.1g}, with converting {told.total:.3g} "
+        f"± {told.total_standard_error:.1g}, on {told.samples} samples"
+    )
 
 
 def frontier_table(report: Report) -> RenderableType:

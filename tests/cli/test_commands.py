@@ -352,6 +352,34 @@ def test_convert_writes_a_program_that_runs_without_this_package(
     assert kinds == ["dyt", "dyt"]
 
 
+def test_convert_writes_eight_bits_and_tells_their_cost(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, report = tmp_path / "out.onnx", tmp_path / "r.json"
+    options = ["--mode", "all", "--fold", "--quantize", "int8", "--for", "onnxruntime"]
+    assert convert(model, "--data", data, *options, "-o", out, "--report", report) == 0
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {n.op_type for n in onnx.load(out).graph.node}
+    told = json.loads(report.read_text())["quantized"]
+    assert (told["dtype"], told["runtime"], told["products"]) == ("int8", "onnxruntime", 2)
+    assert [(name, bound) for name, bound, _ in told["sites"]] == [("0.norm", 1), ("1.norm", 1)]
+    assert 0 < told["error"] < 0.01 < told["total"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"2 products in int8 (for onnxruntime); relative error of quantising {told['error']:.3g}"
+        in printed
+    )
+    assert f"with converting {told['total']:.3g}" in printed
+
+
+def test_convert_quantises_onnx_files_alone(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failure(capsys, "convert", model, "--quantize", "int8", "-o", tmp_path / "out.pt2")
+    assert "--quantize are of .onnx files" in line
+    line = failure(capsys, "convert", model, "--for", "openvino", "-o", tmp_path / "out.onnx")
+    assert "set quantize, too" in line
+
+
 def test_convert_writes_weights(model: str, data: str, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     options = ["--data", data, "--mode", "all", "--fit", "diagonal"]

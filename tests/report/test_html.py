@@ -21,8 +21,8 @@ import dyt_compile
 from dyt_compile import DytCompileError, write_report
 from dyt_compile.errors import MissingDependencyError, OptionError
 from dyt_compile.report.html import page
-from dyt_compile.report.records import RefitReport
-from dyt_compile.report.terminal import report_table
+from dyt_compile.report.records import QuantizationReport, RefitReport
+from dyt_compile.report.terminal import quantization_line, quantization_table, report_table
 
 from .models import HOSTILE, converted, norms, recovered
 
@@ -239,6 +239,35 @@ def test_terminal_tells_how_the_model_recovered() -> None:
     told = " ".join(console.file.getvalue().split())
     assert "(before recovery 0.5)" in told
     assert "80 steps in 2 stages, 120 s, all weights trained; held-out errors 0.1 0.05 0.04" in told
+
+
+EIGHT_BITS = QuantizationReport(
+    "int8", "any", 3, (("a.norm", 1.0, ("a", "b")), ("b.norm", 2.5, ("c",))),
+    (("c.norm", "its norm stays"), ("d.norm", "its norm stays")), 0.004, 0.0002, 0.06, 0.003, 16,
+)  # fmt: skip
+
+
+def test_page_and_terminal_tell_the_error_of_quantising_apart() -> None:
+    report = replace(converted(NAMES).report, quantized=EIGHT_BITS)
+    cards = {card["label"]: card for card in _data(page(report))["cards"]}
+    before = {card["label"]: card for card in _data(page(converted(NAMES).report))["cards"]}
+    assert cards["Output error"] == before["Output error"]
+    assert cards["Error of quantising"]["value"].startswith("0.0040")
+    assert "3 products in int8" in cards["Error of quantising"]["note"]
+    assert "0.060" in cards["Error of quantising"]["note"]
+    console = Console(width=100, file=io.StringIO())
+    console.print(quantization_table(report))
+    told = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "of quantising 0.004 ± 0.0002, with converting 0.06 ± 0.003, on 16 samples" in told
+    assert "its norm stays" in told
+    assert "2.5" in told
+
+
+def test_eight_bits_without_data_are_told_as_not_measured() -> None:
+    told = replace(EIGHT_BITS, error=None, total=None)
+    report = replace(converted(NAMES).report, quantized=told)
+    assert "was not measured" in quantization_line(report)
+    assert '"not measured"' in page(report)
 
 
 def test_json_has_the_figures_and_the_file_but_no_points(tmp_path: Path) -> None:

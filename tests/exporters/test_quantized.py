@@ -1,0 +1,165 @@
+"""Quantised files of torch models: in every type, and with integer kernels in the runtimes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dyt_compile
+from dyt_compile import Conversion, export_onnx
+from dyt_compile.errors import OptionError
+from dyt_compile.exporters.torch_files import export_torch
+from dyt_compile.runtime import Session
+
+pytest.importorskip("onnxruntime")
+
+WIDTH, TOKENS, BLOCKS = 32, 5, 2
+PRODUCTS = 3 * BLOCKS + 1
+
+
+class Block(nn.Module):
+    """Attention over one head, whose projections are apart, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.query, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        query = self.query(y)
+        x = x + torch.softmax(query @ query.mT / WIDTH**0.5, -1) @ self.value(y)
+        z: Tensor = x + self.down(torch.nn.functional.gelu(self.up(self.norm2(x))))
+        return z
+
+
+class Network(nn.Module):
+    """Blocks, and a head on the mean of what the last norm gives: a Gemm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
+        return y
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """As if trained with DyT: gamma and beta that are not neutral."""
+    torch.manual_seed(0)
+    model = dyt_compile.convert_for_training(Network(), 0.8).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name and not name.endswith("alpha"):
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+DATA = [
+    (torch.randn(8, TOKENS, WIDTH, generator=torch.Generator().manual_seed(s)),) for s in (1, 2)
+]
+
+
+def quantized(model: nn.Module, dtype: str, **options: Any) -> Conversion:
+    return dyt_compile.convert(model, DATA, mode="exact", fold=True, quantize=dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("wide", ["fp32", "fp16", "bf16"])
+def test_file_computes_what_was_measured(
+    trained: nn.Module, dtype: str, wide: str, tmp_path: Path
+) -> None:
+    result = quantized(trained, dtype)
+    told = result.report.quantized
+    assert told is not None
+    assert told.products == PRODUCTS
+    assert told.left == ()
+    assert {name: into for name, _, into in told.sites}["blocks.1.norm1"] == (
+        "blocks.1.query", "blocks.1.value",
+    )  # fmt: skip
+    path = export_onnx(result, tmp_path / "model.onnx", dtype=wide).path
+    x = torch.cat([x for (x,) in DATA])
+    with torch.no_grad():
+        expected = trained(x).numpy()
+    (found,) = Session(path).run([x.numpy()])
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    if wide == "fp32":
+        assert error == pytest.approx(told.error, rel=1e-2)
+    assert error < {"int8": 0.015, "fp8": 0.06}[dtype]
+
+
+def test_every_product_behind_a_dyt_runs_as_integers(trained: nn.Module, tmp_path: Path) -> None:
+    import onnxruntime
+
+    path = export_onnx(quantized(trained, "int8"), tmp_path / "model.onnx").path
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    found = Counter(node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph)
+    assert found["MatMulIntegerToFloat"] == PRODUCTS - 1
+    assert found["QGemm"] == 1
+    assert not found["DequantizeLinear"]
+    assert found["QuantizeLinear"] == PRODUCTS
+
+
+def test_every_product_behind_a_dyt_runs_as_integers_in_openvino(
+    trained: nn.Module, tmp_path: Path
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    path = export_onnx(quantized(trained, "int8"), tmp_path / "model.onnx").path
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    kernels = Counter(
+        str(info["runtimePrecision"])
+        for info in (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
+        if str(info["layerType"]) == "FullyConnected"
+    )
+    assert kernels["i8"] + kernels["u8"] == PRODUCTS, kernels
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_tensorrt_quantises_inside_the_kernel_of_the_dyt(
+    trained: nn.Module, dtype: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from .engines import engine
+
+    result = quantized(trained, dtype, runtime="tensorrt")
+    path = export_onnx(result, tmp_path / "model.onnx", dtype="fp16").path
+    layers = engine(path).layers
+    behind = [
+        layer for layer in layers
+        if "Tanh" in layer.name and any("quantized" in source for source in layer.sources)
+    ]  # fmt: skip
+    assert len(behind) >= 2 * BLOCKS  # before the head stands a mean
+
+
+def test_torch_files_of_a_quantised_model_are_refused(trained: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"quantised model is written as \.onnx alone"):
+        export_torch(quantized(trained, "int8"), tmp_path / "model.pt2")
+
+
+def test_recover_of_a_quantised_model_is_refused() -> None:
+    torch.manual_seed(0)
+    result = dyt_compile.convert(Network().eval(), DATA, mode="all", quantize="int8")
+    with pytest.raises(OptionError, match="recover trains floats"):
+        dyt_compile.recover(result, DATA, steps=1)
+
+
+def test_the_torch_model_stays_in_float(trained: nn.Module) -> None:
+    result = quantized(trained, "int8")
+    assert isinstance(result.model, nn.Module)
+    with torch.no_grad():
+        difference = (result.model(*DATA[0]) - trained(*DATA[0])).abs().max()
+    assert difference < 1e-5
