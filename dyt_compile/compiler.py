@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
+from .clock import Clock
 from .data import SHARES, UNPLANNED, split, whole
 from .dyt import Refit
 from .errors import CalibrationError, DataError, OptionError
@@ -39,7 +38,10 @@ from .sites import Match, NormSite
 from .survey import hardships, warning
 from .trials import Trials
 
-__all__ = ["Conversion", "calibrate", "compare", "convert", "fold", "inspect"]
+if TYPE_CHECKING:
+    from .graphs.onnx_structure import Structure
+
+__all__ = ["Conversion", "calibrate", "compare", "compare_structure", "convert", "fold", "inspect"]
 
 logger = logging.getLogger("dyt_compile")
 
@@ -174,7 +176,7 @@ def convert(
     if frontier and mode == "exact":
         raise OptionError("frontier needs mode 'budget' or 'all': mode exact converts no norm")
     exclude = _patterns(exclude)
-    clock = _Clock()
+    clock = Clock()
     with clock("capture"):
         args, kwargs = _example(example, batches)
         graph = capture(
@@ -333,7 +335,7 @@ def _applied(
     batches: Iterable[Any] | None,
     metric: Metric,
     output: str,
-    clock: _Clock,
+    clock: Clock,
 ) -> Conversion:
     """The conversion that a calibration says, measured where there are batches."""
     with clock("rewrite"):
@@ -392,17 +394,26 @@ def compare(
         return reference.measure(other)
 
 
-class _Clock:
-    """Seconds of wall time by stage."""
+def compare_structure(a: Any, b: Any, *, read: bool = False) -> Structure:
+    """What two ONNX models have in common, if they are the same function; nothing is run.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    a, b: paths of `.onnx` files, or `onnx_ir.Model`. Model `b` may differ from `a` in nodes alone
+    that are proved to compute DyT. Weights stay in their files, unread; read: compare the bytes of
+    those that lie in different places. Raises CaptureError, OptionError for other models, and
+    VerificationError that names the first difference.
+    """
+    from .graphs.onnx import OnnxGraph
+    from .graphs.onnx_structure import compare as compare_graphs
 
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
+    sides: list[Any] = []
+    for model in (a, b):
+        graph = capture(model)
+        if not isinstance(graph, OnnxGraph):
+            raise OptionError(
+                f"model {graph.name!r} is none of ONNX; allowed without data: .onnx files"
+            )
+        sides += [graph, match(graph).sites]
+    return compare_graphs(*sides, read=read)
 
 
 def _checked(
