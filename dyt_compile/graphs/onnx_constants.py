@@ -40,10 +40,19 @@ def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor that an initializer or a Constant node holds, not loaded yet."""
     if value is None:
         return None
-    producer = value.producer()
-    if producer is not None and "sparse_value" in producer.attributes:
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
+    tensor, producer = value.const_value, value.producer()
+    if tensor is None:
+        if (
+            producer is None
+            or producer.op_type != "Constant"
+            or "sparse_value" in producer.attributes
+        ):
+            return None
+        inside = producer.attributes.get("value")
+        if inside is not None and inside.type is ir.AttributeType.TENSOR and not inside.is_ref():
+            tensor = inside.value  # `as_tensor` asks a protocol each time: as long as a match takes
+        else:
+            tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None or tensor.dtype is ir.DataType.STRING else tensor
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -115,10 +115,11 @@ def settle(model: ir.Model) -> None:
                 value.const_value = ir.Tensor(array, held.dtype, shape=held.shape, name=held.name)
 
 
-def _tensors(attribute: ir.Attr) -> list[ir.TensorProtocol]:
-    if attribute.type is ir.AttributeType.TENSOR and attribute.value is not None:
-        return [attribute.as_tensor()]
-    return list(attribute.as_tensors()) if attribute.type is ir.AttributeType.TENSORS else []
+def _tensors(attribute: ir.Attr) -> Sequence[ir.TensorProtocol]:
+    # The values themselves: `as_tensor` asks a protocol each time, which is slow.
+    if attribute.type is ir.AttributeType.TENSOR:
+        return (attribute.value,)
+    return attribute.value or () if attribute.type is ir.AttributeType.TENSORS else ()
 
 
 def _check_place(tensor: ir.ExternalTensor, folder: Path) -> None:
