@@ -27,7 +27,7 @@ from ..errors import (
 from ..files import replaced
 from ..graphs import onnx_functions, onnx_fusion
 from ..graphs.onnx import OnnxGraph
-from ..graphs.onnx_files import parse
+from ..graphs.onnx_files import parse, weights_as_inputs
 from ..graphs.onnx_functions import LEAST_OPSET
 from ..graphs.onnx_precision import NARROW, holds, narrow
 from ..graphs.onnx_prepare import restore
@@ -337,28 +337,12 @@ def write(model: ir.Model, path: Path) -> None:
 def _check_onnx(path: Path) -> None:
     """Raise ExportError where ONNX's checker finds a fault; weights stay out of it."""
     proto, _ = parse(path)
-    graph = proto.graph
-    given = {value.name for value in graph.input}
-    for place in range(len(graph.initializer) - 1, -1, -1):
-        tensor = graph.initializer[place]
-        if not (tensor.HasField("raw_data") or _holds_numbers(tensor)):
-            if tensor.name not in given:
-                graph.input.append(
-                    onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-                )
-            del graph.initializer[place]
+    weights_as_inputs(proto)
     try:
         with _operators_of_onnx_runtime():
             onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise ExportError(f"the exported model is not valid ONNX: {error}") from error
-
-
-def _holds_numbers(tensor: onnx.TensorProto) -> bool:
-    """Whether a tensor has its values in a field for numbers or strings, or has none."""
-    fields = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
-    empty = 0 in tensor.dims and tensor.data_location != onnx.TensorProto.EXTERNAL
-    return empty or any(len(getattr(tensor, name)) for name in fields)
 
 
 @contextmanager

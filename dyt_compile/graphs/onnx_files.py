@@ -22,6 +22,7 @@ from ..errors import CaptureError, first_line
 __all__ = [
     "GRAPH", "INITIALIZER", "LARGE_BYTES", "RAW_DATA", "delimited", "externals",
     "head", "load", "parse", "settle",
+    "weights_as_inputs",
 ]  # fmt: skip
 
 LARGE_BYTES = 1024
@@ -87,6 +88,28 @@ def parse(path: Path) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
         return proto, {name: _mapped(stubs[name], data, at) for name, at in weights.items()}
     except Exception as error:
         raise CaptureError(f"{str(path)!r} is no ONNX model: {first_line(error)}") from error
+
+
+def weights_as_inputs(proto: onnx.ModelProto) -> None:
+    """Let initializers whose values are not in the proto be inputs, in place: for onnx's checker
+    and its inference, which need none of them."""
+    graph = proto.graph
+    given = {value.name for value in graph.input}
+    for place in range(len(graph.initializer) - 1, -1, -1):
+        tensor = graph.initializer[place]
+        if not (tensor.HasField("raw_data") or _holds_numbers(tensor)):
+            if tensor.name not in given:
+                graph.input.append(
+                    onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+                )
+            del graph.initializer[place]
+
+
+def _holds_numbers(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor has its values in a field for numbers or strings, or has none."""
+    fields = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+    empty = 0 in tensor.dims and tensor.data_location != onnx.TensorProto.EXTERNAL
+    return empty or any(len(getattr(tensor, name)) for name in fields)
 
 
 def externals(model: ir.Model) -> Iterator[ir.ExternalTensor]:

@@ -31,9 +31,10 @@ from .onnx_files import (
     RAW_DATA,
     externals,
     head,
+    weights_as_inputs,
 )
 
-__all__ = ["EMBEDDED_BYTES", "WEIGHTS", "Saved", "chunks", "save", "weight_bytes"]
+__all__ = ["EMBEDDED_BYTES", "WEIGHTS", "Saved", "chunks", "outline", "save", "weight_bytes"]
 
 WEIGHTS = ("link", "copy", "embed")
 
@@ -81,6 +82,20 @@ def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers of the main graph."""
     held = (value.const_value for value in model.graph.initializers.values())
     return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def outline(model: ir.Model) -> onnx.ModelProto:
+    """The proto of a model, with its large initializers as inputs."""
+    large = [value for value in model.graph.initializers.values() if _is_large(value)]
+    with _standing_in({value: _referred(_held(value), "", 0) for value in large}):
+        proto = ir.serde.serialize_model(model)
+    weights_as_inputs(proto)
+    return proto
+
+
+def _is_large(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and _to_place(tensor)
 
 
 def save(
@@ -137,7 +152,7 @@ def _planned(model: ir.Model, name: str, home: Path, weights: str | None) -> _Pl
                     f"weights is 'link', but {tensor.name!r} lies in {tensor.path!r}, outside "
                     f"{str(home)!r}, where the file is written; allowed: copy, embed"
                 )
-        if tensor is not None and _to_place(tensor):
+        if _is_large(value):
             rest.append(value)
     if weights == "link" and not plan.linked:
         raise ExportError("weights is 'link', but the model has none in other files")
