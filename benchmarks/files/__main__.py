@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -201,43 +200,13 @@ def measure_large(folder: Path) -> dict[str, Any]:
 
 
 def _apart(arguments: Sequence[str]) -> dict[str, Any]:
-    """What a process of this module prints, which does one thing and measures itself."""
-    command = [sys.executable, "-m", "benchmarks.files", "one", *arguments]
+    """What a process prints that does one thing and measures itself."""
+    command = [sys.executable, "-m", "benchmarks.files.one", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured
-
-
-def one(arguments: Sequence[str]) -> None:
-    """Do one thing in this process, and print what it took."""
-    start, cpu = time.perf_counter(), time.process_time()
-    count = None
-    if arguments[0] == "command":
-        from dyt_compile.cli import app
-
-        app(list(arguments[1:]), standalone_mode=False)
-    else:
-        source = Path(arguments[1])
-        with tempfile.TemporaryDirectory(dir=source.parent) as folder:
-            count = PEERS[arguments[0]].run(source, Path(folder) / "out.onnx")
-    measured = {
-        "seconds": round(time.perf_counter() - start, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
-        "peak_bytes": peak_bytes(),
-        "norms": count,
-    }
-    print(json.dumps(measured))
-
-
-def peak_bytes() -> int:
-    """The most memory that this process held, mapped pages of files among it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def file_of(name: str, folder: Path) -> Path:
@@ -251,9 +220,6 @@ def file_of(name: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["one"]:
-        one(sys.argv[2:])
-        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks.files")
     parser.add_argument("parts", nargs="*", default=[], metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--rounds", type=int, default=30)

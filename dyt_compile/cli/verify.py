@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import compiler
-from ..errors import VerificationError
+from ..errors import OptionError, VerificationError
 from ..metrics import described, named
 from ..progress import reporting
 from .options import DATA_HELP, BatchSize, MetricName, Model, ProviderName, Verbose
@@ -46,6 +47,12 @@ def verify(
     """
     counted = load_metric(metric)
     first, second = load_model(a), load_model(b)
+    if data is None:
+        for text, source in ((a, first), (b, second)):
+            if not isinstance(source.model, Path) or source.model.suffix != ".onnx":
+                raise OptionError(
+                    f"{text} is no .onnx file: without --data only those are compared"
+                )
     with reporting(TerminalReporter(console(stderr=True))):
         if data is None:
             structure = compiler.compare_structure(first.model, second.model, read=weights)

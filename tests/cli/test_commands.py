@@ -372,7 +372,7 @@ def test_onnx_file_is_rewritten_beside_its_weights_and_compared(
     assert "same structure: " in capsys.readouterr().out
     assert run("verify", first, second, "--weights") == 0
     line = failure(capsys, "verify", model, second)
-    assert "is none of ONNX" in line
+    assert "is no .onnx file: without --data" in line
     line = failure(capsys, "convert", first, "-o", tmp_path / "o.pt2", "--weights", "link")
     assert "--weights and --check are of .onnx files" in line
 
