@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
+from .clock import Clock
 from .data import SHARES, UNPLANNED, Part, split, whole
-from .errors import BudgetError, DataError, OptionError
+from .eight_bits import EightBits
+from .errors import DataError, OptionError
 from .exclusion import candidates, patterns
 from .graphs.base import Batch, Graph
-from .graphs.onnx_quantize import FORMATS
-from .metrics import Measurement, Metric, check_metric, described, named
+from .metrics import Measurement, Metric, check_metric, named
 from .passes.calibrate import calibrate as fit_sites
 from .passes.capture import capture
 from .passes.fold import Folded
 from .passes.fold import fold as fold_graph
 from .passes.match import match
 from .passes.quantize import Quantization, check_eight_bits
-from .passes.quantize import quantize as quantize_graph
 from .passes.rewrite import rewrite
 from .passes.verify import Reference, chosen_output
 from .report import Report
-from .report.assembly import assemble, quantization_report
-from .report.records import FrontierPoint, QuantizationReport
+from .report.assembly import assemble
+from .report.records import FrontierPoint
 from .saved_fits import apply, of_model
 from .shelf import Shelf
 from .sites import Match
 from .survey import hardships, warning
 from .trials import Trials
 
-__all__ = ["Conversion", "calibrate", "compare", "convert", "fold", "inspect"]
+if TYPE_CHECKING:
+    from .graphs.onnx_structure import Structure
+
+__all__ = ["Conversion", "calibrate", "compare", "compare_structure", "convert", "fold", "inspect"]
 
 logger = logging.getLogger("dyt_compile")
 
@@ -194,7 +195,7 @@ def convert(
         if wanted and (mode == "exact" or calibration is not None):
             raise OptionError(f"{name} needs mode 'budget' or 'all': only those fit norms")
     exclude = patterns(exclude)
-    clock = _Clock()
+    clock = Clock()
     with clock("capture"):
         args, kwargs = _example(example, batches)
         graph = capture(
@@ -208,7 +209,7 @@ def convert(
         output = chosen_output(graph, output)
     with clock("match"):
         found = match(graph)
-    eight = None if quantize is None else _EightBits(quantize, runtime, metric, budget, clock)
+    eight = None if quantize is None else EightBits(quantize, runtime, metric, budget, clock)
     finished = partial(_finished, fold=fold, eight=eight)
     if calibration is not None:
         fits = of_model(calibration, graph, found, exclude)
@@ -322,7 +323,7 @@ def calibrate(
 
 
 def _finished(
-    result: Conversion, samples: Part | None, *, fold: bool, eight: _EightBits | None
+    result: Conversion, samples: Part | None, *, fold: bool, eight: EightBits | None
 ) -> Conversion:
     """The conversion folded, and over eight bits, if that is wanted."""
     made = concluded(result, fold)
@@ -364,64 +365,26 @@ def compare(
         return reference.measure(other)
 
 
-@dataclass(frozen=True)
-class _EightBits:
-    """What quantises a conversion, and measures what that costs where there are samples."""
+def compare_structure(a: Any, b: Any, *, read: bool = False) -> Structure:
+    """What two ONNX models have in common, if they are the same function; nothing is run.
 
-    dtype: str
-    runtime: str
-    metric: Metric
-    budget: float
-    clock: _Clock
+    a, b: paths of `.onnx` files, or `onnx_ir.Model`. Model `b` may differ from `a` in nodes alone
+    that are proved to compute DyT. Weights stay in their files, unread; read: compare the bytes of
+    those that lie in different places. Raises CaptureError, OptionError for other models, and
+    VerificationError that names the first difference.
+    """
+    from .graphs.onnx import OnnxGraph
+    from .graphs.onnx_structure import compare as compare_graphs
 
-    def __call__(self, result: Conversion, samples: Part | None) -> Conversion:
-        from .exporters.onnx import onnx_graph
-
-        with self.clock("quantize"):
-            graph = onnx_graph(result.graph, FORMATS[self.dtype].opset)
-            made = quantize_graph(graph, match(graph), self.dtype, self.runtime)
-            told = quantization_report(made, *self._measured(result, made, samples))
-        self._check(result.report, told)
-        report = replace(result.report, quantized=told, seconds=self.clock.seconds)
-        return replace(result, quantized=made, report=report)
-
-    def _measured(
-        self, result: Conversion, made: Quantization, samples: Part | None
-    ) -> tuple[Measurement | None, Measurement | None]:
-        """The error against the converted model, and that against the original."""
-        if samples is None:
-            return None, None
-        output = result.report.output
-        with Shelf(result.original) as shelf:
-            own, total = (
-                Reference(graph, samples, shelf, output=output, metric=self.metric)
-                for graph in (result.graph, result.original)
+    sides: list[Any] = []
+    for model in (a, b):
+        graph = capture(model)
+        if not isinstance(graph, OnnxGraph):
+            raise OptionError(
+                f"model {graph.name!r} is none of ONNX; allowed without data: .onnx files"
             )
-            return own.measure(made.graph), total.measure(made.graph)
-
-    def _check(self, report: Report, told: QuantizationReport) -> None:
-        if told.total is None or report.mode not in ("budget", "exact"):
-            return
-        if not told.total <= self.budget:
-            without = "" if report.error is None else f", that of converting {report.error:.3g}"
-            raise BudgetError(
-                f"the {described(report.metric)} of the model over eight bits is {told.total:.3g}, "
-                f"above the budget of {self.budget:g}; that of quantising is {told.error:.3g}"
-                f"{without}"
-            )
-
-
-class _Clock:
-    """Seconds of wall time by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        sides += [graph, match(graph).sites]
+    return compare_graphs(*sides, read=read)
 
 
 def _checked(

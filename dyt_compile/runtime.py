@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,15 @@ import onnx_ir as ir
 
 from .dyt import DOMAIN
 from .errors import CaptureError, DataError, MissingDependencyError, OptionError, first_line
+from .graphs.onnx_files import externals, load
 from .graphs.onnx_fusion import unfuse
 from .graphs.onnx_precision import holds, surface, widen
+from .graphs.onnx_weights import EMBEDDED_BYTES, save, weight_bytes
 
 __all__ = ["PROVIDERS", "Session", "as_plugins", "parse_provider", "provider_options"]
 
 Array = npt.NDArray[Any]
 BFLOAT16 = ir.DataType.BFLOAT16
-
-EMBEDDED_BYTES = 1_800_000_000
-"""Weights above this lie in a file of their own: protobuf ends at 2 GB."""
 
 FATAL = 4
 
@@ -35,6 +35,9 @@ TENSORRT = "TensorrtExecutionProvider"
 
 PROVIDERS = {"cpu": [CPU], "cuda": [CUDA, CPU], "tensorrt": [TENSORRT, CUDA, CPU]}
 """What runs a model, the first that can; written "tensorrt:LIBRARY", with a library of plugins."""
+
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's key for where the external data of a model given as bytes lies."""
 
 PLUGIN_DOMAIN = "trt.plugins"
 """Where ONNX Runtime's TensorRT provider expects the plugins of a library."""
@@ -50,11 +53,15 @@ class Session:
     bfloat16 arrays are `ml_dtypes.bfloat16`. ONNX Runtime has almost no bfloat16 kernels for CPUs:
     there such nodes run in float32, and their results are rounded to bfloat16.
 
+    folder: where the external data of a file lies, by default beside it.
+
     Raises OptionError for an unknown or unavailable provider, CaptureError where ONNX Runtime
     does not take the model, MissingDependencyError without ONNX Runtime.
     """
 
-    def __init__(self, model: ir.Model | Path, provider: str = "cpu") -> None:
+    def __init__(
+        self, model: ir.Model | Path, provider: str = "cpu", folder: Path | None = None
+    ) -> None:
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingDependencyError("onnxruntime", "cpu")
         import onnxruntime
@@ -64,7 +71,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = FATAL  # its errors are raised, its warnings are its own
         self._narrow: set[str] = set()
-        loaded = ir.load(model) if isinstance(model, Path) else model
+        loaded = load(model, folder) if isinstance(model, Path) else model
         widened = holds(loaded, BFLOAT16)
         changed = widened or library is not None
         if changed:
@@ -74,9 +81,9 @@ class Session:
         if library is not None:
             as_plugins(loaded)
             register(library)
-        with tempfile.TemporaryDirectory(prefix="dyt-compile-") as folder:
-            unchanged = isinstance(model, Path) and not changed
-            source = str(model) if unchanged else _source(loaded, Path(folder))
+        with ExitStack() as temporary:
+            unchanged = isinstance(model, Path) and not changed and folder is None
+            source = str(model) if unchanged else _source(loaded, temporary, options)
             providers = [(each, provider_options(each, library)) for each in wanted]
             try:
                 self._session = onnxruntime.InferenceSession(source, options, providers=providers)
@@ -168,14 +175,22 @@ def as_plugins(model: ir.Model) -> None:
         model.opset_imports[PLUGIN_DOMAIN] = 1
 
 
-def _source(model: ir.Model, folder: Path) -> str | bytes:
-    """The model as bytes, or as a file in `folder` where it is too large for protobuf."""
-    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value]
-    if sum(tensor.nbytes for tensor in weights) > EMBEDDED_BYTES:
-        ir.save(model, folder / "model.onnx", external_data="model.data")
-        return str(folder / "model.onnx")
-    embedded = ir.external_data.load_to_model(model.clone())
-    data: bytes = ir.serde.serialize_model(embedded).SerializeToString()
+def _source(model: ir.Model, temporary: ExitStack, options: Any) -> str | bytes:
+    """The model as bytes, or as a temporary file where it is too large for protobuf.
+
+    Weights in the files of one folder stay there, and the options say where that is.
+    """
+    homes = {str(tensor.base_dir) for tensor in externals(model)}
+    here = sum(tensor.nbytes for tensor in externals(model))
+    if len(homes) == 1 and weight_bytes(model) - here <= EMBEDDED_BYTES:
+        options.add_session_config_entry(EXTERNAL_FOLDER, str(Path(homes.pop()).absolute()))
+    elif weight_bytes(model) > EMBEDDED_BYTES:
+        folder = temporary.enter_context(tempfile.TemporaryDirectory(prefix="dyt-compile-"))
+        save(model, Path(folder) / "model.onnx", "copy")
+        return str(Path(folder) / "model.onnx")
+    else:
+        model = ir.external_data.load_to_model(model.clone())
+    data: bytes = ir.serde.serialize_model(model).SerializeToString()
     return data
 
 

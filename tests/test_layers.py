@@ -17,7 +17,7 @@ ROOT = Path(dyt_compile.__file__).parent
 
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
-    ("errors", "dyt", "progress"),
+    ("errors", "dyt", "progress", "clock"),
     ("inductor",),
     ("terms", "batches", "files", "fits", "ridge", "metrics", "nn", "huggingface", "scatter"),
     ("sitefits",),
@@ -44,7 +44,7 @@ LAYERS = (
     ("passes",),
     ("exporters", "backends"),
     ("report", "trials"),
-    ("saved_fits",),
+    ("saved_fits", "eight_bits"),
     ("compiler",),
     ("recovery",),
     ("cli", "__main__"),

@@ -91,6 +91,22 @@ class Runtime(str, Enum):
     tensorrt = "tensorrt"
 
 
+class Weights(str, Enum):
+    """Where the weights of an ONNX file go."""
+
+    link = "link"
+    copy = "copy"
+    embed = "embed"
+
+
+class Check(str, Enum):
+    """How a written ONNX file is checked."""
+
+    auto = "auto"
+    structure = "structure"
+    run = "run"
+
+
 Target = Annotated[
     Path, typer.Option("-o", "--out", help="Write .onnx, .pt2 or .safetensors.", show_default=False)
 ]
@@ -115,6 +131,21 @@ def convert(
     dtype: Annotated[
         Dtype, typer.Option(help="Inside the exported model; its inputs and outputs stay.")
     ] = Dtype.fp32,
+    weights: Annotated[
+        Weights | None,
+        typer.Option(
+            help="Link to the ONNX model's data files, copy the weights beside the new file, or "
+            "embed them. Default: link within one folder; else embed up to 1.8 GB, copy above.",
+            show_default=False,
+        ),
+    ] = None,
+    check: Annotated[
+        Check,
+        typer.Option(
+            help="Of the written file: compare its structure with the ONNX model's, or also run "
+            "it; auto runs exact conversions up to 1.8 GB."
+        ),
+    ] = Check.auto,
     provider: ProviderName = "cpu",
     seed: Annotated[int, typer.Option(help="Of the split into fit, plan and report.")] = 0,
     report: Reports = None,
@@ -152,10 +183,11 @@ def convert(
     norms are converted as keep the measured error within --max-error.
     """
     check_out(out)
-    onnx_alone = opset is not None or dtype is not Dtype.fp32 or fuse or quantize is not None
-    if out.suffix != ".onnx" and onnx_alone:
+    of_onnx = (opset, weights, quantize) != (None, None, None) or dtype is not Dtype.fp32 or fuse
+    if out.suffix != ".onnx" and (of_onnx or check is not Check.auto):
         raise OptionError(
-            f"--opset, --dtype, --fuse and --quantize are of .onnx files; -o is {str(out)!r}"
+            "--opset, --dtype, --fuse, --quantize, --weights and --check are of .onnx files; "
+            f"-o is {str(out)!r}"
         )
     if calibration is not None and (data is None or mode is Mode.exact):
         raise OptionError("--calibration needs --data: mode exact fits nothing")
@@ -184,7 +216,14 @@ def convert(
             runtime=runtime.value,
         )
         written, told = write_model(
-            result, out, opset=opset, dtype=dtype.value, fuse=fuse, provider=provider
+            result,
+            out,
+            opset=opset,
+            dtype=dtype.value,
+            fuse=fuse,
+            provider=provider,
+            weights=None if weights is None else weights.value,
+            check=check.value,
         )
     if calibration is not None and result.calibration is not None:
         result.calibration.save(calibration)

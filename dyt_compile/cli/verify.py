@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import compiler
-from ..errors import VerificationError
+from ..errors import OptionError, VerificationError
 from ..metrics import described, named
 from ..progress import reporting
 from .options import DATA_HELP, BatchSize, MetricName, Model, ProviderName, Verbose
@@ -20,7 +21,10 @@ __all__ = ["verify"]
 def verify(
     a: Model,
     b: Model,
-    data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
+    data: Annotated[
+        str | None,
+        typer.Option(help=f"{DATA_HELP} Without it two .onnx files are compared by structure."),
+    ] = None,
     max_error: Annotated[float, typer.Option(help="The largest error that passes.")] = 1e-4,
     metric: MetricName = "relative",
     output: Annotated[
@@ -28,12 +32,32 @@ def verify(
     ] = None,
     batch_size: BatchSize = 32,
     provider: ProviderName = "cpu",
+    weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights", help="Without --data: also read and compare weights in different files."
+        ),
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run A and B on the same data and compare; exit status 1 when the error is too large."""
+    """Run A and B on the same data and compare; exit status 1 when the error is too large.
+
+    Without data nothing is run: of two .onnx files B must be A, node by node, but for nodes that
+    are proved to compute DyT.
+    """
     counted = load_metric(metric)
     first, second = load_model(a), load_model(b)
+    if data is None:
+        for text, source in ((a, first), (b, second)):
+            if not isinstance(source.model, Path) or source.model.suffix != ".onnx":
+                raise OptionError(
+                    f"{text} is no .onnx file: without --data only those are compared"
+                )
     with reporting(TerminalReporter(console(stderr=True))):
+        if data is None:
+            structure = compiler.compare_structure(first.model, second.model, read=weights)
+            console().print(f"same structure: {structure.told()}", highlight=False)
+            return
         measured = compiler.compare(
             first.model,
             second.model,

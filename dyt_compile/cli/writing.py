@@ -28,22 +28,34 @@ def write_model(
     dtype: str = "fp32",
     fuse: bool = False,
     provider: str = "cpu",
+    weights: str | None = None,
+    check: str = "auto",
 ) -> tuple[OnnxExport | None, str]:
     """Write the file; what the ONNX exporter says of it, and one line that tells what was written.
 
-    opset, dtype, fuse and provider are of ONNX files.
+    opset and all that follows it are of ONNX files.
     """
     if out.suffix in SUFFIXES:
         written = export_torch(result, out)
         return None, f"wrote {written}: {written.stat().st_size / 1e6:.1f} MB"
-    exported = export_onnx(result, out, opset=opset, dtype=dtype, fuse=fuse, provider=provider)
-    checked = (
-        "not run: no data"
+    exported = export_onnx(
+        result, out, opset=opset, dtype=dtype, fuse=fuse, provider=provider, weights=weights,
+        check=check,
+    )  # fmt: skip
+    return exported, _told(exported)
+
+
+def _told(exported: OnnxExport) -> str:
+    """What was written, and what of it was checked, and what not."""
+    linked = f" and {exported.linked_bytes / 1e6:.1f} MB linked in {', '.join(exported.linked)}"
+    parts = [
+        f"wrote {exported.path}: {exported.bytes / 1e6:.1f} MB{linked if exported.linked else ''}",
+        f"opset {exported.opset}",
+        exported.dtype,
+        f"not run: {exported.not_run}"
         if exported.export_error is None
-        else f"export error {exported.export_error:.1g}"
-    )
-    told = (
-        f"wrote {exported.path}: {exported.bytes / 1e6:.1f} MB, opset {exported.opset}, "
-        f"{exported.dtype}, {checked}"
-    )
-    return exported, told
+        else f"export error {exported.export_error:.1g}",
+    ]
+    if exported.structure is not None:
+        parts.append(f"structure equal: {exported.structure.told()}")
+    return ", ".join(parts)

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
+from ..graphs.onnx_files import load
 from ..graphs.onnx_fusion import forms
 from .engine_shapes import Shape
 from .engine_timing import PASSES, time_engine
@@ -41,7 +40,7 @@ def time_model(
     the model has a node for it. Raises what `build_engine` and `time_engine` raise."""
     path = Path(onnx_path)
     lowerings = ["native"]
-    if plugin_library is not None and forms(ir.load(path)):
+    if plugin_library is not None and forms(load(path)):
         lowerings.append("plugin")
     timings = []
     for lowering in lowerings:

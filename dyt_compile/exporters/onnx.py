@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from ..clock import Clock
 from ..dyt import DOMAIN, FORMS, VERSION, Form
 from ..errors import (
     CaptureError,
@@ -26,12 +27,17 @@ from ..errors import (
 from ..files import replaced
 from ..graphs import onnx_functions, onnx_fusion
 from ..graphs.onnx import OnnxGraph
+from ..graphs.onnx_files import parse, weights_as_inputs
+from ..graphs.onnx_functions import LEAST_OPSET
 from ..graphs.onnx_precision import NARROW, holds, narrow
 from ..graphs.onnx_prepare import restore
 from ..graphs.onnx_scopes import SCOPES
+from ..graphs.onnx_structure import Structure, compare
+from ..graphs.onnx_weights import EMBEDDED_BYTES, WEIGHTS, save, weight_bytes
 from ..passes.match import match
 from ..passes.quantize import quantize
-from ..runtime import EMBEDDED_BYTES, Session
+from ..runtime import Session
+from ..sites import NormSite
 
 if TYPE_CHECKING:
     from ..compiler import Conversion
@@ -44,6 +50,8 @@ OPSETS = range(18, 24)
 """Opsets that torch's exporter and ONNX Runtime both take."""
 
 DEFAULT_OPSET = 20
+CHECKS = ("auto", "structure", "run")
+
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
 """Largest difference allowed, relative to the largest value of the output: twenty units of rounding
 for the narrow types."""
@@ -58,7 +66,10 @@ class OnnxExport:
     """A written file.
 
     export_error: largest difference from the converted model over its outputs, relative to the
-    largest value of each, on one batch; None where there was no batch to run it on.
+    largest value of each, on one batch; None where it was not run, and not_run says why.
+    bytes: of what was written; linked_bytes: of the weights in the files `linked`, beside it, to
+    which it refers. structure: what it has in common with the model that it was made from, None
+    where it cannot be compared with that. seconds: wall time by stage.
     """
 
     path: Path
@@ -66,6 +77,11 @@ class OnnxExport:
     dtype: str
     bytes: int
     export_error: float | None
+    linked_bytes: int = 0
+    linked: tuple[str, ...] = ()
+    structure: Structure | None = None
+    not_run: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def export_onnx(
@@ -76,6 +92,8 @@ def export_onnx(
     dtype: str = "fp32",
     fuse: bool = False,
     provider: str = "cpu",
+    weights: str | None = None,
+    check: str = "auto",
 ) -> OnnxExport:
     """Write a converted model as an ONNX file in which every DyT is a `dyt` function.
 
@@ -83,32 +101,75 @@ def export_onnx(
     "fp16" or "bf16" inside the model, whose inputs and outputs keep their types and names;
     alpha stays float32. By default nothing is narrowed. fuse: an Add before a DyT and a
     QuantizeLinear behind it become part of its node (exact; see `graphs/onnx_fusion.py`), which
-    pays where TensorRT has our plugin for it. Above 1.8 GB the weights go to `<name>.data` beside
-    the file.
+    pays where TensorRT has our plugin for it.
 
-    The file is run beside the converted model on one batch. On a CPU that does not show where fp16
-    overflows: ONNX Runtime computes fp16 there in float32 and rounds between some nodes only.
+    weights: "link" refers to the data files of the ONNX model that was converted, where they lie
+    within the folder of `path`; "copy" streams the weights into `<name>.data` beside the file;
+    "embed" puts them into it, up to 1.8 GB. Tensors that changed are written in any case. By
+    default weights that lie beside the model are linked by a file in the same folder; others are
+    embedded up to 1.8 GB and copied above.
+
+    check: "structure" reads the file again and compares it, node by node, with the model that was
+    converted: in mode "exact" with the original, from which it may differ in nodes alone that were
+    proved to compute DyT. That takes an ONNX model, written in its own opset and dtype. "run"
+    compares so where it can, and runs the file beside the converted model on one batch. "auto" does
+    that, but in mode "exact" runs no model with more than 1.8 GB of weights. On a CPU a run does
+    not show where fp16 overflows: ONNX Runtime computes fp16 there in float32 and rounds between
+    some nodes only.
 
     Raises OptionError, ExportError, and VerificationError if the file does not compute what the
     converted model computes; in each case nothing is left at `path`.
     """
     target = Path(path)
+    if weights is not None and weights not in WEIGHTS:
+        raise OptionError(f"weights is {weights!r}; allowed: {', '.join(WEIGHTS)}")
+    if check not in CHECKS:
+        raise OptionError(f"check is {check!r}; allowed: {', '.join(CHECKS)}")
     if dtype not in TOLERANCES:
         raise OptionError(f"dtype is {dtype!r}; allowed: {', '.join(TOLERANCES)}")
     if opset is not None and opset not in OPSETS:
         raise OptionError(f"opset is {opset}; allowed: {OPSETS[0]} to {OPSETS[-1]}")
-    graph = _written(result, opset)
+    clock = Clock()
+    with clock("build"):
+        graph = _written(result, opset)
+        model = _built(graph, opset, dtype, fuse=fuse)
+    source = _comparable(result, model, dtype)
+    if check == "structure" and source is None:
+        raise OptionError(
+            "check is 'structure': allowed for a model from ONNX, written in its opset and dtype"
+        )
+    dtype = next((name for name, narrow_type in NARROW.items() if holds(model, narrow_type)), dtype)
+    not_run = _why_not_run(result, model, check)
+    with replaced(target) as temporary:
+        with clock("write"):
+            saved = save(model, temporary, weights, target.parent)
+        folder = target.parent if saved.linked else None
+        structure, error = None, None
+        with clock("check"):
+            _check_onnx(temporary)
+            if source is not None:
+                read = check == "structure" or saved.bytes <= EMBEDDED_BYTES
+                structure = _compare(source, temporary, folder, read=read)
+        if not not_run:
+            with clock("run"):
+                error = _check(temporary, result, graph, dtype, provider, folder)
+    if error is None and not not_run:
+        not_run = "no data"
+    return OnnxExport(
+        target, model.opset_imports[""], dtype, saved.bytes, error,
+        saved.linked_bytes, saved.linked, structure, not_run, clock.seconds,
+    )  # fmt: skip
+
+
+def _built(graph: Graph, opset: int | None, dtype: str, *, fuse: bool) -> ir.Model:
+    """The model as the file will hold it."""
     model = _portable(graph, opset)
     if dtype in NARROW:
         narrow(model, NARROW[dtype], _kept_norms(model))
     if fuse:
         onnx_fusion.fuse(model)
     restore(model)
-    dtype = next((name for name, narrow_type in NARROW.items() if holds(model, narrow_type)), dtype)
-    with replaced(target) as temporary:
-        size = _save(model, temporary)
-        error = _check(temporary, result, graph, dtype, provider)
-    return OnnxExport(target, model.opset_imports[""], dtype, size, error)
+    return model
 
 
 def _written(result: Conversion, opset: int | None) -> Graph:
@@ -155,6 +216,40 @@ def _from_onnx(graph: OnnxGraph, opset: int | None) -> ir.Model:
             raise ExportError(f"the model's opset {before} cannot be converted to {opset}")
         onnx_functions.declare(model)
     return model
+
+
+def _comparable(
+    result: Conversion, model: ir.Model, dtype: str
+) -> tuple[OnnxGraph, Sequence[NormSite]] | None:
+    """What the written file is to equal, node by node, with its sites: the original where nothing
+    was fitted or folded, else the converted model; None where its types or operators change."""
+    graph: Any = result.graph if result.quantized is None else result.quantized.graph
+    if not isinstance(graph, OnnxGraph) or dtype in NARROW:
+        return None
+    if model.opset_imports[""] not in (graph.opset, LEAST_OPSET):
+        return None
+    original: Any = result.original
+    unchanged = result.folded is None or not result.folded.folded
+    if result.calibration is None and unchanged and graph is result.graph:
+        return original, result.match.sites
+    return graph, match(graph).sites
+
+
+def _why_not_run(result: Conversion, model: ir.Model, check: str) -> str:
+    size = weight_bytes(model)
+    if check == "structure":
+        return "check is 'structure'"
+    exact = result.calibration is None and isinstance(result.graph, OnnxGraph)
+    if check == "auto" and exact and size > EMBEDDED_BYTES:
+        return f"{size / 1e9:.1f} GB of weights; check 'run' does"
+    return ""
+
+
+def _compare(
+    source: tuple[OnnxGraph, Sequence[NormSite]], path: Path, folder: Path | None, *, read: bool
+) -> Structure:
+    written = OnnxGraph.from_file(path, folder=folder)
+    return compare(*source, written, match(written).sites, read=read)
 
 
 def _from_torch(graph: FxGraph, opset: int) -> ir.Model:
@@ -271,22 +366,18 @@ def _all_values(model: ir.Model) -> list[ir.Value]:
 
 def write(model: ir.Model, path: Path) -> None:
     """Write a model as a file of its own, large weights in another beside it."""
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    external = f"{path.name}.data" if weights > EMBEDDED_BYTES else None
-    if external is None:
-        ir.external_data.load_to_model(model)  # the weights may lie beside the file it came from
-    ir.save(model, path, external_data=external)
+    save(model, path, "copy" if weight_bytes(model) > EMBEDDED_BYTES else "embed")
 
 
-def _save(model: ir.Model, path: Path) -> int:
-    """Write the model, checked; bytes of the file and of the weights beside it."""
-    write(model, path)
+def _check_onnx(path: Path) -> None:
+    """Raise ExportError where ONNX's checker finds a fault; weights stay out of it."""
+    proto, _ = parse(path)
+    weights_as_inputs(proto)
     try:
         with _operators_of_onnx_runtime():
-            onnx.checker.check_model(str(path), full_check=True)
+            onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise ExportError(f"the exported model is not valid ONNX: {error}") from error
-    return sum(file.stat().st_size for file in path.parent.iterdir())
 
 
 @contextmanager
@@ -330,7 +421,14 @@ def _operators_of_onnx_runtime() -> Iterator[None]:
             onnx.defs.deregister_schema(schema.name, schema.since_version, schema.domain)
 
 
-def _check(path: Path, result: Conversion, graph: Graph, dtype: str, provider: str) -> float | None:
+def _check(
+    path: Path,
+    result: Conversion,
+    graph: Graph,
+    dtype: str,
+    provider: str,
+    folder: Path | None,
+) -> float | None:
     """Run the file beside the graph written on one batch; the error, None without a batch."""
     if result.probe is None:
         return None
@@ -345,7 +443,7 @@ def _check(path: Path, result: Conversion, graph: Graph, dtype: str, provider: s
         return None  # made up without data, and not to the model's taste
     reference = [graph.to_array(value) for value in expected]
     try:
-        session = Session(path, provider)
+        session = Session(path, provider, folder)
     except CaptureError as error:
         raise ExportError(f"the exported model does not load: {error}") from error
     found = session.run([batch[name] for name in session.inputs])

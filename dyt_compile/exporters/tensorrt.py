@@ -12,8 +12,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..errors import CaptureError, OptionError, first_line
+from ..errors import OptionError
 from ..files import replaced
+from ..graphs.onnx_files import load
 from ..graphs.onnx_fusion import forms, fuse, unfuse
 from ..graphs.onnx_shapes import infer_shapes, restore_shapes
 from .engine_report import EngineReport, Network, layers_of, needs, network_of
@@ -152,7 +153,7 @@ def _request(
         raise OptionError(f"{found.title} builds for this machine's GPU: leave the target out")
     if timing_cache is not None and found.portable:
         raise OptionError(f"{found.title} has no timing cache: leave it out")
-    model = _load(path)
+    model = load(path)
     if lowering == "plugin" and not forms(model):
         raise OptionError(
             f"{str(path)!r} has no node of dyt for a plugin: make it with dyt-compile convert"
@@ -167,13 +168,6 @@ def _request(
         timing_cache=None if timing_cache is None else Path(timing_cache).absolute(),
         level=level,
     )
-
-
-def _load(path: Path) -> ir.Model:
-    try:
-        return ir.load(path)
-    except Exception as error:
-        raise CaptureError(f"{str(path)!r} is no ONNX model: {first_line(error)}") from error
 
 
 def _input_sizes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:

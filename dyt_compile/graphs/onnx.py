@@ -16,21 +16,22 @@ from onnx_ir.passes import common as ir_passes
 
 from ..batches import as_arguments
 from ..dyt import DytParameters
-from ..errors import CaptureError, DataError, RewriteError
+from ..errors import DataError, RewriteError
 from ..runtime import Session
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
 from .base import Batch, Edit, Stored
-from .onnx_constants import is_parameter, scalar, stored
+from .onnx_constants import held, is_parameter, scalar, stored
 from .onnx_edits import make_edits, rounded
+from .onnx_files import load, settle
 from .onnx_precision import Names
-from .onnx_prepare import check_inputs, prepare, restore
+from .onnx_prepare import OLDEST_OPSET, check_inputs, prepare, restore
 from .onnx_quantize import Format, Product, write_products
 from .onnx_scopes import SCOPES, Scopes
 from .onnx_terms import say
 
-__all__ = ["OnnxGraph"]
+__all__ = ["OnnxGraph", "read_by"]
 
 Array = npt.NDArray[Any]
 
@@ -57,12 +58,12 @@ class OnnxGraph:
         self.outputs = {str(v.name): self._values[v] for v in model.graph.outputs}
 
     @classmethod
-    def from_file(cls, path: Path, provider: str = "cpu") -> OnnxGraph:
-        """The graph of an `.onnx` file; weights in external files stay there until needed."""
-        try:
-            model = ir.load(path)
-        except Exception as error:
-            raise CaptureError(f"{str(path)!r} is no ONNX model: {error}") from error
+    def from_file(cls, path: Path, provider: str = "cpu", folder: Path | None = None) -> OnnxGraph:
+        """The graph of an `.onnx` file; its weights stay in their files until needed.
+
+        folder: where its external data lies, by default beside it.
+        """
+        model = load(path, folder)
         check_inputs(model)
         prepare(model)
         return cls(path.stem, model, provider)
@@ -72,6 +73,7 @@ class OnnxGraph:
         """The graph of a model in memory, which stays as it is."""
         check_inputs(model)
         own = model.clone()
+        settle(own)
         prepare(own)
         return cls(name, own, provider)
 
@@ -81,6 +83,11 @@ class OnnxGraph:
         whole = self._model.clone()
         restore(whole)
         return whole
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators."""
+        return self._model.opset_imports.get("", OLDEST_OPSET)
 
     def apart(self) -> ir.Model:
         """A copy of the model in which no norm is fused; see `onnx_fused`."""
@@ -139,15 +146,14 @@ class OnnxGraph:
                 continue
             if node not in needed:
                 needed.add(node)
-                pending.extend(v for v in _read_by(node) if v not in known)
+                pending.extend(v for v in read_by(node) if v not in known)
         return sorted(needed, key=self._order.__getitem__)
 
     def constant(self, value: Value) -> Array | None:
         """A constant's value: from the file, or computed from what the file holds."""
-        tensor = stored(value.native)
-        if tensor is not None:
-            return np.asarray(tensor.numpy())
-        (array,) = self.segment([], [value])([])
+        array = held(value.native)
+        if array is None:
+            (array,) = self.segment([], [value])([])
         return np.asarray(array)
 
     def to_array(self, native: Any) -> Array:
@@ -178,11 +184,6 @@ class OnnxGraph:
     def revise(self, edits: Iterable[Edit]) -> OnnxGraph:
         """A new graph with the edits made; the other weights are shared, not copied."""
         return self.replace((), edits)
-
-    @property
-    def opset(self) -> int:
-        """The version of ONNX's own operators."""
-        return int(self._model.opset_imports[""])
 
     def quantize(self, products: Iterable[Product], form: Format, *, shared: bool) -> OnnxGraph:
         """A new graph with these products of its own over few bits; the other weights are shared.
@@ -226,7 +227,7 @@ class OnnxGraph:
                 continue
             value = self._values[output] = _seen(output)
             meant = said if isinstance(said, Said) else None
-            meant = meant or Said(Op.OPAQUE, tuple(_read_by(node)))
+            meant = meant or Said(Op.OPAQUE, tuple(read_by(node)))
             self.terms += speak(
                 meant, value, self._operand,
                 index=self._order[node], scope=self._scopes(node), label=node.op_type,
@@ -263,7 +264,7 @@ class OnnxSegment:
             for value in self._stop
             if value not in made and (tensor := stored(value)) is not None
         }
-        read = {value for node in nodes for value in _read_by(node)}
+        read = {value for node in nodes for value in read_by(node)}
         self._inputs = [value for value in self._passed if value in read]
         self._session: Session | None = None
         if nodes and self._outputs:
@@ -346,7 +347,7 @@ def _copy_scope(source: ir.Node, nodes: Iterable[ir.Node]) -> None:
             node.metadata_props[SCOPES] = source.metadata_props[SCOPES]
 
 
-def _read_by(node: ir.Node) -> list[ir.Value]:
+def read_by(node: ir.Node) -> list[ir.Value]:
     """What a node reads, values that its subgraphs take from outside included."""
     values = [value for value in node.inputs if value is not None]
     for graph in _subgraphs(node):
@@ -365,7 +366,7 @@ def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
 def _captured(graph: ir.Graph) -> list[ir.Value]:
     own = {*graph.inputs, *graph.initializers.values()}
     own.update(output for node in graph for output in node.outputs)
-    read = [value for node in graph for value in _read_by(node)]
+    read = [value for node in graph for value in read_by(node)]
     return [value for value in (*read, *graph.outputs) if value not in own]
 
 

@@ -13,12 +13,24 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["LARGEST", "integers", "is_parameter", "known", "known_shape", "scalar", "stored"]
+__all__ = [
+    "LARGEST",
+    "held",
+    "integers",
+    "is_parameter",
+    "known",
+    "known_shape",
+    "scalar",
+    "stored",
+]
 
 Array = npt.NDArray[np.float64]
 
 LARGEST = 64
 """Elements; larger tensors are weights, which stay in their files."""
+
+CAST = {"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"}
+"""Types between which NumPy casts as ONNX does: to the nearest number, ties to even."""
 
 STEPS = 64
 """Values that are looked at for one number; a Pad takes thirty in torch's older exporter."""
@@ -28,11 +40,41 @@ def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor that an initializer or a Constant node holds, not loaded yet."""
     if value is None:
         return None
-    producer = value.producer()
-    if producer is not None and "sparse_value" in producer.attributes:
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
+    tensor, producer = value.const_value, value.producer()
+    if tensor is None:
+        if (
+            producer is None
+            or producer.op_type != "Constant"
+            or "sparse_value" in producer.attributes
+        ):
+            return None
+        inside = producer.attributes.get("value")
+        if inside is not None and inside.type is ir.AttributeType.TENSOR and not inside.is_ref():
+            tensor = inside.value  # `as_tensor` asks a protocol each time: as long as a match takes
+        else:
+            tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None or tensor.dtype is ir.DataType.STRING else tensor
+
+
+def held(value: ir.Value) -> npt.NDArray[Any] | None:
+    """What a constant holds, behind casts between types of floating-point numbers, too.
+
+    None where more than that computes it.
+    """
+    tensor, node = stored(value), value.producer()
+    if tensor is not None:
+        return np.asarray(tensor.numpy())
+    if node is None or node.domain != "" or node.op_type not in ("Cast", "Identity"):
+        return None
+    source = None if node.inputs[0] is None else held(node.inputs[0])
+    if source is None or node.op_type == "Identity":
+        return source
+    dtype = ir.DataType(node.attributes.get_int("to", 0))
+    return source.astype(dtype.numpy()) if {_cast_name(source.dtype), dtype.name} <= CAST else None
+
+
+def _cast_name(dtype: np.dtype[Any]) -> str:
+    return ir.DataType.from_numpy(dtype).name
 
 
 def is_parameter(value: ir.Value) -> bool:

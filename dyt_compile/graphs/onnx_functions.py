@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ..dyt import DOMAIN, FORMS, FUSED, VERSION, Form
 
-__all__ = ["call", "declare", "function"]
+__all__ = ["LEAST_OPSET", "call", "declare", "function"]
 
 LEAST_OPSET = 15
 """CastLike, with which the bodies adapt to fp16 and bf16, came with opset 15."""

@@ -13,7 +13,7 @@ from .onnx_fused import fuse_again, take_apart
 from .onnx_fusion import unfuse
 from .onnx_shapes import infer_shapes, restore_shapes
 
-__all__ = ["check_inputs", "prepare", "restore"]
+__all__ = ["OLDEST_OPSET", "check_inputs", "prepare", "restore"]
 
 OLDEST_OPSET = 13
 """Older files have axes as attributes of operators that were given inputs for them since."""

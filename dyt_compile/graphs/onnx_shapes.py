@@ -14,10 +14,10 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx.shape_inference import infer_node_outputs
-from onnx_ir.passes import common
 
 from .onnx_constants import LARGEST, known, stored
 from .onnx_fused import MICROSOFT
+from .onnx_weights import outline
 
 __all__ = ["infer_shapes", "restore_shapes"]
 
@@ -57,13 +57,43 @@ def infer_shapes(model: ir.Model) -> None:
         for value in node.outputs
     ]  # fmt: skip
     with _stand_ins(model.graph):
-        common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        _infer(model)
         _follow_numbers(model)
     for value, shape, kind in before:
         if value not in outer:
             value.shape, value.type = shape, kind
         elif value.shape != shape:
             value.meta[DECLARED] = shape
+
+
+def _infer(model: ir.Model) -> None:
+    """Onnx's own inference over the main graph; where it fails, the shapes stay as they are.
+
+    onnx_ir's pass for that reads the whole inferred model again, as slowly as the file.
+    """
+    try:
+        inferred = onnx.shape_inference.infer_shapes(outline(model), data_prop=True)
+    except Exception:  # noqa: BLE001 - as onnx_ir's pass does; what is not known is refused later
+        return
+    found = {info.name: info.type for info in inferred.graph.value_info}
+    found |= {info.name: info.type for info in inferred.graph.output}
+    for value in (value for node in model.graph for value in node.outputs):
+        if value.name in found:
+            _take(value, found[value.name])
+
+
+def _take(value: ir.Value, kind: onnx.TypeProto) -> None:
+    """Give a value what was inferred of it."""
+    tensor = kind.tensor_type
+    if not kind.HasField("tensor_type"):
+        value.type = ir.serde.deserialize_type_proto_for_type(kind)
+        return
+    if tensor.elem_type and (value.dtype is None or value.dtype.value != tensor.elem_type):
+        value.dtype = ir.DataType(tensor.elem_type)
+    if tensor.HasField("shape"):
+        shape = ir.Shape([_size(axis) for axis in tensor.shape.dim])
+        if shape != value.shape:
+            value.shape = shape
 
 
 def restore_shapes(model: ir.Model) -> None:

@@ -407,6 +407,23 @@ def test_convert_makes_affine_maps(model: str, data: str, tmp_path: Path) -> Non
     assert sum("DyT" in kind for kind in kinds) == told["converted"] - told["affine"]
 
 
+def test_onnx_file_is_rewritten_beside_its_weights_and_compared(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    assert convert(model, "-o", first, "--weights", "copy") == 0
+    assert convert(str(first), "-o", second, "--check", "structure") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "not run: check is 'structure', structure equal: " in told
+    assert run("verify", first, second) == 0
+    assert "same structure: " in capsys.readouterr().out
+    assert run("verify", first, second, "--weights") == 0
+    line = failure(capsys, "verify", model, second)
+    assert "is no .onnx file: without --data" in line
+    line = failure(capsys, "convert", first, "-o", tmp_path / "o.pt2", "--weights", "link")
+    assert "--weights and --check are of .onnx files" in line
+
+
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".safetensors"])
 def test_recover_writes_every_format_and_leaves_no_checkpoint(
     suffix: str, model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

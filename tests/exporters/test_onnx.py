@@ -30,6 +30,7 @@ from dyt_compile.dyt import DOMAIN, FORMS
 from dyt_compile.errors import ExportError, OptionError, VerificationError
 from dyt_compile.exporters import onnx as exporter
 from dyt_compile.exporters.onnx import OnnxExport
+from dyt_compile.graphs import onnx_weights
 from dyt_compile.runtime import Session
 
 ort = pytest.importorskip("onnxruntime")
@@ -977,7 +978,8 @@ def test_onnx_input_with_weights_in_another_file_is_exported(tmp_path: Path) -> 
 def test_weights_above_the_limit_lie_beside_the_file(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "EMBEDDED_BYTES", 1000)
+    monkeypatch.setattr(onnx_weights, "EMBEDDED_BYTES", 1000)
+    monkeypatch.setattr(onnx_weights, "LARGE_BYTES", 100)
     (tmp_path / "model.onnx").write_text("old")
     (tmp_path / "model.onnx.data").write_text("old data")
     written = export_onnx(converted("partly"), tmp_path / "model.onnx", dtype=dtype)
@@ -1043,19 +1045,19 @@ def test_file_that_differs_is_not_kept(
     target = tmp_path / "model.onnx"
     if old is not None:
         target.write_bytes(old)
-    save = exporter._save
+    save = exporter.save
 
-    def spoil(model: Any, path: Path) -> int:
-        size = save(model, path)
+    def spoil(model: Any, path: Path, *options: Any) -> Any:
+        saved = save(model, path, *options)
         file = onnx.load(path)
         for tensor in file.graph.initializer:
             if tensor.name.endswith("gamma"):
                 array = onnx.numpy_helper.to_array(tensor)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(array * 1.01, tensor.name))
         onnx.save(file, path)
-        return size
+        return saved
 
-    monkeypatch.setattr(exporter, "_save", spoil)
+    monkeypatch.setattr(exporter, "save", spoil)
     with pytest.raises(VerificationError, match=r"differs from the converted one by 0\.0"):
         export_onnx(converted("trained"), target)
     left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -1,0 +1,1 @@
+"""Finding and rewriting norms in ONNX files: seconds, memory, and counts, against peers."""
