@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("onnxruntime")
 
+from benchmarks.matrix.drawn import weights
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed.forms import (
     FOLDED,
@@ -32,11 +34,12 @@ from benchmarks.speed.forms import (
 from benchmarks.speed.pairs import Ratio, interleaved, ratio
 from benchmarks.speed.peer import readers
 from benchmarks.speed.runtimes import RUNTIMES
-from benchmarks.speed.subjects import SUBJECTS, model
+from benchmarks.speed.subjects import SUBJECTS, bert_base, llama_1b, model
 from benchmarks.speed.table import BARS, PAIRS, Bar, found, render, terminal
 
 FOUR = "DyT as four operators"
 BARE = "no norm (the limit)"
+AFFINE = "affine, folded"
 PEER = "original norms, calibrated INT8"
 AGAIN = "the original again"
 
@@ -152,6 +155,8 @@ def test_forms_compute_what_they_are_called(made: tuple[dict[str, Made], Path]) 
     torch.testing.assert_close(output(forms, FOLDED), output(forms, FOUR), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(output(forms, FOUR), output(forms, ORIGINAL), atol=0.1)
     assert not torch.allclose(output(forms, BARE), output(forms, FOUR), atol=0.1)
+    assert not torch.allclose(output(forms, AFFINE), output(forms, BARE), atol=1e-3)
+    torch.testing.assert_close(output(forms, AFFINE), output(forms, BARE), rtol=0.2, atol=0.2)
 
 
 def test_files_hold_what_the_forms_are_called(made: tuple[dict[str, Made], Path]) -> None:
@@ -161,7 +166,8 @@ def test_files_hold_what_the_forms_are_called(made: tuple[dict[str, Made], Path]
     assert kinds[FOUR]["Tanh"] == 2
     assert kinds[FOUR]["Mul"] == 4
     assert kinds[FOLDED]["DyTBare"] == 2
-    assert not {"LayerNormalization", "Tanh", "DyT", "DyTBare", "Mul"} & kinds[BARE].keys()
+    for name in (BARE, AFFINE):
+        assert kinds[name] == {"MatMul": 3, "Add": 4, "Relu": 1}
     for name, form in forms.items():
         if form.module is not None:
             y = session_output(folder / f"{name}.onnx", form.args)
@@ -201,6 +207,49 @@ def test_forms_of_a_site_compute_their_formula(name: str) -> None:
     }[name.split()[-1]]()
     assert form.module is not None
     torch.testing.assert_close(form.module(*form.args).detach(), expected)
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "kept"),
+    [
+        pytest.param(
+            partial(bert_base, **SMALL, num_attention_heads=2, vocab_size=99),
+            lambda seed: (torch.full((1, 6), seed + 1),),
+            3,  # all feed the residual, but the last, which is the output
+            id="bert",
+        ),
+        pytest.param(
+            partial(llama_1b, **SMALL, num_attention_heads=2, num_key_value_heads=1),
+            lambda seed: (normal(1, 6, 32, seed=seed),),
+            1,  # the last is the output
+            id="llama",
+        ),
+    ],
+)
+def test_forms_of_the_other_models_keep_what_cannot_fold(
+    build: Callable[[], nn.Module],
+    inputs: Callable[[int], tuple[Tensor]],
+    kept: int,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("transformers")
+    of = Model(weights(build), inputs)
+    with torch.no_grad():
+        forms = {name: MODEL_FORMS[name](of, tmp_path) for name in (FOUR, FOLDED, AFFINE, BARE)}
+        torch.testing.assert_close(output(forms, FOLDED), output(forms, FOUR), rtol=1e-4, atol=1e-4)
+    names = {}
+    for name in (FOLDED, AFFINE, BARE):
+        forms[name].write(tmp_path / f"{name}.onnx")
+        names[name] = operators(tmp_path / f"{name}.onnx")
+        y = session_output(tmp_path / f"{name}.onnx", forms[name].args)
+        np.testing.assert_allclose(y, output(forms, name).numpy(), rtol=1e-3, atol=1e-4)
+    whole = names[FOLDED]["DyT"] + names[FOLDED]["DyTScale"]
+    assert whole == kept
+    assert whole + names[FOLDED]["DyTBare"] == 3
+    assert names[AFFINE]["Mul"] - names[BARE]["Mul"] == kept
 
 
 def as_array(result: Any) -> np.ndarray:

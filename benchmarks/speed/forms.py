@@ -86,28 +86,24 @@ def four_operators(model: Model, folder: Path) -> Made:
     return plain(_with_dyt(model), model.example())
 
 
-def dyt(model: Model, folder: Path) -> Made:
-    """DyT as one operator, which an exporter writes as a function."""
-    args = model.example()
-    return converted(dyt_compile.convert(_with_dyt(model), example=(args, {})), args)
-
-
 def folded(model: Model, folder: Path) -> Made:
-    """The same with gamma and beta in the weights behind it, wherever all of those can take it."""
+    """DyT as the package's operator, gamma and beta in the weights behind it where those can be."""
     args = model.example()
     return converted(dyt_compile.convert(_with_dyt(model), example=(args, {}), fold=True), args)
 
 
-def no_norm(model: Model, folder: Path) -> Made:
-    """Nothing where the norms were: the limit of what any replacement can save.
+def affine(model: Model, folder: Path) -> Made:
+    """Every site an affine map, folded into the weights behind it where those can take it."""
+    args, changed = model.example(), _with_dyt(model)
+    _replace_dyt(changed, _Affine)
+    return converted(dyt_compile.convert(changed, example=(args, {}), fold=True), args)
 
-    An affine map that folds away has the same operators; it only adds a bias to the layers of a
-    LLaMA, which have none.
-    """
-    bare = _with_dyt(model)
-    for path in [path for path, part in bare.named_modules() if isinstance(part, DynamicTanh)]:
-        bare.set_submodule(path, nn.Identity())
-    return plain(bare, model.example())
+
+def no_norm(model: Model, folder: Path) -> Made:
+    """Nothing where the norms were: the limit of what any replacement can save."""
+    changed = _with_dyt(model)
+    _replace_dyt(changed, lambda part: nn.Identity())
+    return plain(changed, model.example())
 
 
 def peer(model: Model, folder: Path) -> Made:
@@ -130,6 +126,29 @@ def _with_dyt(model: Model) -> nn.Module:
     return changed.requires_grad_(False)
 
 
+def _replace_dyt(model: nn.Module, make: Callable[[DynamicTanh], nn.Module]) -> None:
+    found = [(path, part) for path, part in model.named_modules() if isinstance(part, DynamicTanh)]
+    for path, part in found:
+        model.set_submodule(path, make(part))
+
+
+class _Affine(nn.Module):
+    """gamma (x + beta): `fold` goes from first to last, and a scale does not pass a shift.
+
+    A site has a beta even where the norm had none.
+    """
+
+    def __init__(self, dyt: DynamicTanh) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(2)
+        self.gamma = dyt.gamma
+        noise = 0.02 * torch.randn(dyt.width, generator=random)
+        self.beta = nn.Parameter(noise, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.beta) * self.gamma
+
+
 ORIGINAL = "original norms"
 FOLDED = "folded DyT"
 
@@ -138,6 +157,7 @@ MODEL_FORMS: dict[str, Callable[[Model, Path], Made]] = {
     "the original again": original,
     "DyT as four operators": four_operators,
     FOLDED: folded,
+    "affine, folded": affine,
     "no norm (the limit)": no_norm,
     "original norms, calibrated INT8": peer,
 }

@@ -112,23 +112,19 @@ def openvino(path: Path, args: tuple[Tensor, ...], threads: int) -> Run:
     """The file compiled for low latency, in its own precision: no bfloat16 where it has float32."""
     import openvino as ov
 
-    core = ov.Core()
     narrow = any(tensor.dtype == torch.bfloat16 for tensor in args)
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32",
+    }
     try:
-        compiled = core.compile_model(
-            path,
-            "CPU",
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": threads,
-                "INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32",
-            },
-        )
+        request = ov.Core().compile_model(path, "CPU", settings).create_infer_request()
+        for place, tensor in enumerate(args):
+            request.set_input_tensor(place, _ov_tensor(tensor))
+        request.infer()
     except RuntimeError as error:
         raise ClosedError(first_line(error)) from error
-    request = compiled.create_infer_request()
-    for place, tensor in enumerate(args):
-        request.set_input_tensor(place, _ov_tensor(tensor))
     return request.infer
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..matrix.drawn import weights
 from .forms import MODEL_FORMS, SITE_FORMS, Form, Model, Site, normal
 
-__all__ = ["SUBJECTS", "Subject", "model", "site"]
+__all__ = ["SUBJECTS", "Subject", "bert_base", "llama_1b", "model", "site"]
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,25 @@ def vit_base() -> nn.Module:
     return made
 
 
-def bert_base() -> nn.Module:
+def bert_base(**changed: int) -> nn.Module:
+    """BERT-base without its pooler; changed: sizes, for tests."""
     from transformers import BertConfig, BertModel
 
-    return Hidden(BertModel(BertConfig(), add_pooling_layer=False), "input_ids")
+    return Hidden(BertModel(BertConfig(**changed), add_pooling_layer=False), "input_ids")
 
 
-def llama_1b() -> nn.Module:
-    """Four of the sixteen blocks of Llama 3.2 1B and its last norm, over embeddings."""
+LLAMA_1B = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 2,
+}  # fmt: skip
+"""Llama 3.2 1B, but four of its sixteen blocks, and embeddings go in."""
+
+
+def llama_1b(**changed: int) -> nn.Module:
+    """Four blocks and the last norm; changed: sizes, for tests."""
     from transformers import LlamaConfig, LlamaModel
 
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=2, use_cache=False,
-    )  # fmt: skip
+    config = LlamaConfig(**LLAMA_1B | changed, use_cache=False)
     return Hidden(LlamaModel(config), "inputs_embeds")
 
 

@@ -40,8 +40,9 @@ MODELS = """\
 - **DyT as four operators**: multiply, tanh, multiply, add, as a model spells it.
 - **Folded DyT**: `convert(fold=True)`, γ and β in the weights behind it. BERT's residual reads
   every norm, too: there they stay.
-- **No norm**: nothing in place of the norms, the limit. A site that becomes affine and folds away
-  has the same operators, and a bias in each layer behind it.
+- **Affine, folded**: γ·(x + β) in place of every norm, folded in the same way. What is left of it
+  is a bias in each layer of the LLaMA, which had none, and all of it in BERT.
+- **No norm**: nothing in place of the norms, the limit.
 - **Calibrated INT8**: the peer. The norms stay, and the layers that read one are quantized by ONNX
   Runtime's `quantize_static`, Q/DQ, weights per channel, ranges from eight samples.
 """
