@@ -6,6 +6,7 @@ and a line in its table.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +82,12 @@ def original(model: Model, folder: Path) -> Made:
     return plain(model.build(), model.example())
 
 
+def original_again(model: Model, folder: Path) -> Made:
+    """The control: weights and file of its own, but the same."""
+    source = folder / f"{ORIGINAL}.onnx"
+    return Made(model.example(), model.build(), lambda path: shutil.copyfile(source, path))
+
+
 def four_operators(model: Model, folder: Path) -> Made:
     """DyT spelled out: mul, tanh, mul, add."""
     return plain(_with_dyt(model), model.example())
@@ -154,7 +161,7 @@ FOLDED = "folded DyT"
 
 MODEL_FORMS: dict[str, Callable[[Model, Path], Made]] = {
     ORIGINAL: original,
-    "the original again": original,
+    "the original again": original_again,
     "DyT as four operators": four_operators,
     FOLDED: folded,
     "affine, folded": affine,

@@ -56,7 +56,9 @@ def _panel(panel: Any, results: Mapping[str, Any], subject: str) -> None:
     panel.set_yticks(range(len(forms)), forms, fontsize="small")
     panel.set_ylim(len(forms) - 0.5, -0.5)
     if SUBJECTS[subject].together:
-        panel.set_xscale("log")
+        panel.set_xscale("log", subs=range(2, 10))
+        for label in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
+            label("{x:g}")
     panel.set_xlabel(f"time / {base}", fontsize="small")
     panel.set_title(SUBJECTS[subject].title, fontsize="medium")
     panel.grid(axis="x", alpha=0.3)
