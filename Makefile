@@ -1,13 +1,15 @@
 # `make help` lists the targets.
 # Settable: PYTHON (3.10 or newer, makes the environments), PYTEST_ARGS (handed on to pytest),
 # MATRIX_ARGS (handed on to the matrix: --only REGEX, --quick, --jobs N), SEEDS and FIDELITY_ARGS
-# (of fidelity: --minutes N, --only MODEL, --threads N).
+# (of fidelity: --minutes N, --only MODEL, --threads N), BENCH_ARGS (of bench: --only REGEX, --quick,
+# --pairs N, --threads N).
 
 PYTHON      ?= python3
 PYTEST_ARGS ?= -n auto --dist loadfile
 MATRIX_ARGS ?=
 SEEDS       ?= 1
 FIDELITY_ARGS ?=
+BENCH_ARGS  ?=
 
 VENV    := .venv
 OLDEST  := .venv-minimum
@@ -17,7 +19,7 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix fidelity screenshot lint types format setup-minimum test-minimum clean
+.PHONY: help setup demo test matrix fidelity bench screenshot lint types format setup-minimum test-minimum clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -35,6 +37,9 @@ matrix: setup  ## take every architecture every way, and write docs/matrix.md (a
 
 fidelity: setup  ## convert and recover three models, and write docs/fidelity.md (40 minutes a seed)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.fidelity --seeds $(SEEDS) $(FIDELITY_ARGS)
+
+bench: setup  ## time every form in every runtime, and write docs/performance.md (half an hour)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
 
 screenshot: setup  ## take the README's picture of a report, docs/report.png (needs chromium)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.screenshot

@@ -1,0 +1,1 @@
+"""How fast the forms of a model run beside the original, by runtime, in interleaved pairs."""

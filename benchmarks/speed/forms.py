@@ -1,0 +1,237 @@
+"""The forms that are timed: a function each, from a model to what runs.
+
+The first form of a table is the one that the others are compared with. A new form is a function
+and a line in its table.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import dyt_compile
+from dyt_compile.compiler import Conversion
+from dyt_compile.nn import DynamicTanh
+from dyt_compile.passes.capture import capture
+
+from .peer import quantize_calibrated
+
+__all__ = ["FOLDED", "MODEL_FORMS", "ORIGINAL", "SITE_FORMS", "Form", "Made", "Model", "Site"]
+
+OPSET = 20
+"""As `export_onnx` writes by default."""
+
+SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Made:
+    """A form of a model with its inputs.
+
+    module: None where the form is a file alone; write: puts it into an ONNX file.
+    """
+
+    args: tuple[Tensor, ...]
+    module: nn.Module | None
+    write: Callable[[Path], object]
+
+
+Form = Callable[[Path], Made]
+"""From the folder where the file of the first form is, once that was written."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """build: the same weights each time; inputs: by seed."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], tuple[Tensor, ...]]
+
+    def example(self) -> tuple[Tensor, ...]:
+        """The inputs that every form is timed on."""
+        return self.inputs(0)
+
+    def samples(self) -> list[tuple[Tensor, ...]]:
+        """Other inputs, to calibrate on."""
+        return [self.inputs(seed) for seed in range(1, 1 + SAMPLES)]
+
+
+def plain(module: nn.Module, args: tuple[Tensor, ...]) -> Made:
+    """A module as it stands, and the file that torch's exporter makes of it, its batch dynamic."""
+
+    def write(path: Path) -> None:
+        program = capture(module, args).program()
+        torch.onnx.export(program, (), path, dynamo=True, opset_version=OPSET, verbose=False,
+                          external_data=False)  # fmt: skip
+
+    return Made(args, module, write)
+
+
+def converted(result: Conversion, args: tuple[Tensor, ...]) -> Made:
+    """What the package makes: the converted module, and the file that it exports."""
+    return Made(args, result.model, lambda path: dyt_compile.export_onnx(result, path))
+
+
+def original(model: Model, folder: Path) -> Made:
+    return plain(model.build(), model.example())
+
+
+def original_again(model: Model, folder: Path) -> Made:
+    """The control: weights and file of its own, but the same."""
+    source = folder / f"{ORIGINAL}.onnx"
+    return Made(model.example(), model.build(), lambda path: shutil.copyfile(source, path))
+
+
+def four_operators(model: Model, folder: Path) -> Made:
+    """DyT spelled out: mul, tanh, mul, add."""
+    return plain(_with_dyt(model), model.example())
+
+
+def folded(model: Model, folder: Path) -> Made:
+    """DyT as the package's operator, gamma and beta in the weights behind it where those can be."""
+    args = model.example()
+    return converted(dyt_compile.convert(_with_dyt(model), example=(args, {}), fold=True), args)
+
+
+def affine(model: Model, folder: Path) -> Made:
+    """Every site an affine map, folded into the weights behind it where those can take it."""
+    args, changed = model.example(), _with_dyt(model)
+    _replace_dyt(changed, _Affine)
+    return converted(dyt_compile.convert(changed, example=(args, {}), fold=True), args)
+
+
+def no_norm(model: Model, folder: Path) -> Made:
+    """Nothing where the norms were: the limit of what any replacement can save."""
+    changed = _with_dyt(model)
+    _replace_dyt(changed, lambda part: nn.Identity())
+    return plain(changed, model.example())
+
+
+def peer(model: Model, folder: Path) -> Made:
+    """The norms, and ONNX Runtime's calibrated static INT8 for the layers that read them."""
+    args = model.example()
+    source = folder / f"{ORIGINAL}.onnx"
+    return Made(args, None, lambda path: quantize_calibrated(source, path, model.samples()))
+
+
+def _with_dyt(model: Model) -> nn.Module:
+    """The original with trained-looking DyT in place of its norms: no gamma is 1, no beta is 0."""
+    changed = dyt_compile.convert_for_training(model.build(), embedding_scale=False)
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for part in changed.modules():
+            if isinstance(part, DynamicTanh):
+                for parameter in part.parameters():
+                    noise = torch.randn(parameter.shape, generator=random)
+                    parameter.add_(noise.to(parameter.dtype), alpha=0.02)
+    return changed.requires_grad_(False)
+
+
+def _replace_dyt(model: nn.Module, make: Callable[[DynamicTanh], nn.Module]) -> None:
+    found = [(path, part) for path, part in model.named_modules() if isinstance(part, DynamicTanh)]
+    for path, part in found:
+        model.set_submodule(path, make(part))
+
+
+class _Affine(nn.Module):
+    """gamma (x + beta): `fold` goes from first to last, and a scale does not pass a shift.
+
+    A site has a beta even where the norm had none.
+    """
+
+    def __init__(self, dyt: DynamicTanh) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(2)
+        self.gamma = dyt.gamma
+        noise = 0.02 * torch.randn(dyt.width, generator=random)
+        self.beta = nn.Parameter(noise, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.beta) * self.gamma
+
+
+ORIGINAL = "original norms"
+FOLDED = "folded DyT"
+
+MODEL_FORMS: dict[str, Callable[[Model, Path], Made]] = {
+    ORIGINAL: original,
+    "the original again": original_again,
+    "DyT as four operators": four_operators,
+    FOLDED: folded,
+    "affine, folded": affine,
+    "no norm (the limit)": no_norm,
+    "original norms, calibrated INT8": peer,
+}
+"""The second is the control: how far from 1 the ratio of equal things may be."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a norm stands: tokens, channels, dtype."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        """What reaches the norm, and what is added to that before."""
+        x, residual = normal(2, self.rows, self.width).to(self.dtype)
+        return x, residual
+
+
+class _Placed(nn.Module):
+    """One norm, alone or behind a residual add."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = self.norm(x if residual is None else x + residual)
+        return y
+
+
+def norm_alone(make: Callable[[int], nn.Module], site: Site, folder: Path) -> Made:
+    return _placed(make, site, site.example()[:1])
+
+
+def norm_of_sum(make: Callable[[int], nn.Module], site: Site, folder: Path) -> Made:
+    return _placed(make, site, site.example())
+
+
+def _placed(make: Callable[[int], nn.Module], site: Site, args: tuple[Tensor, ...]) -> Made:
+    """DyT is the package's own operator, as `convert` recognises it."""
+    module = _Placed(make(site.width)).to(site.dtype).eval().requires_grad_(False)
+    if make is DynamicTanh:
+        return converted(dyt_compile.convert(module, example=(args, {})), args)
+    return plain(module, args)
+
+
+def rms_norm(width: int) -> nn.Module:
+    return nn.RMSNorm(width, eps=1e-6)
+
+
+def nothing(width: int) -> nn.Module:
+    return nn.Identity()
+
+
+SITE_FORMS: dict[str, Callable[[Site, Path], Made]] = {
+    "bare add": partial(norm_of_sum, nothing),
+    "LayerNorm": partial(norm_alone, nn.LayerNorm),
+    "RMSNorm": partial(norm_alone, rms_norm),
+    "DyT": partial(norm_alone, DynamicTanh),
+    "residual + LayerNorm": partial(norm_of_sum, nn.LayerNorm),
+    "residual + RMSNorm": partial(norm_of_sum, rms_norm),
+    "residual + DyT": partial(norm_of_sum, DynamicTanh),
+}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal values."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
