@@ -22,7 +22,17 @@ from dyt_compile.passes.capture import capture
 
 from .peer import quantize_calibrated
 
-__all__ = ["FOLDED", "MODEL_FORMS", "ORIGINAL", "SITE_FORMS", "Form", "Made", "Model", "Site"]
+__all__ = [
+    "FOLDED",
+    "INT8",
+    "MODEL_FORMS",
+    "ORIGINAL",
+    "SITE_FORMS",
+    "Form",
+    "Made",
+    "Model",
+    "Site",
+]
 
 OPSET = 20
 """As `export_onnx` writes by default."""
@@ -106,6 +116,13 @@ def affine(model: Model, folder: Path) -> Made:
     return converted(dyt_compile.convert(changed, example=(args, {}), fold=True), args)
 
 
+def bounded_int8(model: Model, folder: Path) -> Made:
+    """What reads a DyT over eight bits, with scales that need no data."""
+    args = model.example()
+    result = dyt_compile.convert(_with_dyt(model), example=(args, {}), quantize="int8")
+    return Made(args, None, lambda path: dyt_compile.export_onnx(result, path))
+
+
 def no_norm(model: Model, folder: Path) -> Made:
     """Nothing where the norms were: the limit of what any replacement can save."""
     changed = _with_dyt(model)
@@ -158,6 +175,7 @@ class _Affine(nn.Module):
 
 ORIGINAL = "original norms"
 FOLDED = "folded DyT"
+INT8 = "DyT, bounded INT8"
 
 MODEL_FORMS: dict[str, Callable[[Model, Path], Made]] = {
     ORIGINAL: original,
@@ -165,6 +183,7 @@ MODEL_FORMS: dict[str, Callable[[Model, Path], Made]] = {
     "DyT as four operators": four_operators,
     FOLDED: folded,
     "affine, folded": affine,
+    INT8: bounded_int8,
     "no norm (the limit)": no_norm,
     "original norms, calibrated INT8": peer,
 }
