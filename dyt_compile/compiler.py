@@ -56,7 +56,8 @@ class Conversion:
     passes and exporters see it; original: the graph that it was made from; calibration: None in
     mode "exact"; probe: a batch on which an exporter checks what it wrote; folded: what went into
     the weights, and unfolded: the graph before that, which `recover` trains; None without fold.
-    quantized: the same model over eight bits, which is what `export_onnx` then writes.
+    quantized: the same model over eight bits, which is what `export_onnx` then writes; runtime: who
+    that file is for.
     """
 
     graph: Graph = field(repr=False)
@@ -68,6 +69,7 @@ class Conversion:
     folded: Folded | None = field(default=None, repr=False)
     unfolded: Graph | None = field(default=None, repr=False)
     quantized: Quantization | None = field(default=None, repr=False)
+    runtime: str = "any"
 
     @property
     def model(self) -> Any:
@@ -174,7 +176,7 @@ def convert(
 
     quantize: "int8" or "fp8": products and convolutions that read a DyT compute over eight bits in
     the ONNX file that `export_onnx` writes; no calibration data is needed, as DyT is bounded
-    (`passes/quantize.py`). runtime: who the file is for, "any", "onnxruntime", "openvino" or
+    (`passes/quantize.py`). runtime: who that file is for, "any", "onnxruntime", "openvino" or
     "tensorrt". With data the error that this adds is measured apart, and in modes "budget" and
     "exact" the error of both together must be within the budget.
 
@@ -210,7 +212,7 @@ def convert(
     with clock("match"):
         found = match(graph)
     eight = None if quantize is None else EightBits(quantize, runtime, metric, budget, clock)
-    finished = partial(_finished, fold=fold, eight=eight)
+    finished = partial(_finished, fold=fold, eight=eight, runtime=runtime)
     if calibration is not None:
         fits = of_model(calibration, graph, found, exclude)
         applied = apply(fits, graph, found, batches, metric, output, clock)
@@ -323,10 +325,10 @@ def calibrate(
 
 
 def _finished(
-    result: Conversion, samples: Part | None, *, fold: bool, eight: EightBits | None
+    result: Conversion, samples: Part | None, *, fold: bool, eight: EightBits | None, runtime: str
 ) -> Conversion:
     """The conversion folded, and over eight bits, if that is wanted."""
-    made = concluded(result, fold)
+    made = replace(concluded(result, fold), runtime=runtime)
     return made if eight is None else eight(made, samples)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ class Bench:
 
     def _of_modules(self, turns: Sequence[Turn]) -> Iterator[tuple[Turn, Cell]]:
         for name, forms in self._rounds.items():
-            own = [RUNTIMES[turn.runtime].reads_files for turn in turns if turn.name == name]
+            own = [turn.runtime for turn in turns if turn.name == name]
+            reading = [runtime for runtime in own if RUNTIMES[runtime].reads_files]
             if not own:
                 continue
             for form in track(forms, f"making: {name}", len(forms)):
@@ -69,9 +70,9 @@ class Bench:
             for turn in turns:
                 if turn.name == name and not RUNTIMES[turn.runtime].reads_files:
                     yield turn, self._timed(turn, forms)
-            if any(own):
+            if reading:
                 for form in track(forms, f"writing: {name}", len(forms)):
-                    self._write(form)
+                    self._write(form, reading)
             self._release()
 
     def _of_files(self, turns: Sequence[Turn]) -> Iterator[tuple[Turn, Cell]]:
@@ -85,15 +86,18 @@ class Bench:
 
     def _make(self, form: str) -> None:
         if form not in self._made:
-            self._made[form] = self._subject.forms[form](self._folder)
+            self._made[form] = self._subject.forms[form]()
             self._inputs[form] = self._made[form].args
 
-    def _path(self, form: str) -> Path:
-        return self._folder / f"{form}.onnx"
+    def _path(self, form: str, runtime: str) -> Path:
+        return self._folder / runtime / f"{form}.onnx"
 
-    def _write(self, form: str) -> None:
-        if not self._path(form).exists():
-            self._made[form].write(self._path(form))
+    def _write(self, form: str, runtimes: Iterable[str]) -> None:
+        for runtime in runtimes:
+            path = self._path(form, runtime)
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                self._made[form].write(path, runtime)
 
     def _release(self) -> None:
         """Let go of all but the base."""
@@ -118,9 +122,9 @@ class Bench:
     def _run(self, runtime: str, form: str) -> Run | str:
         """What runs a form, or why nothing does."""
         found, key = RUNTIMES[runtime], (runtime, form)
-        source = self._path(form) if found.reads_files else self._made[form].module
+        source = self._path(form, runtime) if found.reads_files else self._made[form].module
         if source is None:
-            return "it is a file of ONNX Runtime's own"
+            return "it is a file alone"
         if key not in self._loaded:
             try:
                 self._loaded[key] = found.load(source, self._inputs[form], self._threads)

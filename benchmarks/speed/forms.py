@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -44,16 +44,16 @@ SAMPLES = 8
 class Made:
     """A form of a model with its inputs.
 
-    module: None where the form is a file alone; write: puts it into an ONNX file.
+    module: None where the form is a file alone; write: puts it into an ONNX file for a runtime,
+    beside that of the first form.
     """
 
     args: tuple[Tensor, ...]
     module: nn.Module | None
-    write: Callable[[Path], object]
+    write: Callable[[Path, str], object]
 
 
-Form = Callable[[Path], Made]
-"""From the folder where the file of the first form is, once that was written."""
+Form = Callable[[], Made]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Model:
 def plain(module: nn.Module, args: tuple[Tensor, ...]) -> Made:
     """A module as it stands, and the file that torch's exporter makes of it, its batch dynamic."""
 
-    def write(path: Path) -> None:
+    def write(path: Path, runtime: str) -> None:
         program = capture(module, args).program()
         torch.onnx.export(program, (), path, dynamo=True, opset_version=OPSET, verbose=False,
                           external_data=False)  # fmt: skip
@@ -85,56 +85,74 @@ def plain(module: nn.Module, args: tuple[Tensor, ...]) -> Made:
 
 def converted(result: Conversion, args: tuple[Tensor, ...]) -> Made:
     """What the package makes: the converted module, and the file that it exports."""
-    return Made(args, result.model, lambda path: dyt_compile.export_onnx(result, path))
+
+    def write(path: Path, runtime: str) -> None:
+        dyt_compile.export_onnx(replace(result, runtime=runtime), path)
+
+    return Made(args, result.model, write)
 
 
-def original(model: Model, folder: Path) -> Made:
+def original(model: Model) -> Made:
     return plain(model.build(), model.example())
 
 
-def original_again(model: Model, folder: Path) -> Made:
+def original_again(model: Model) -> Made:
     """The control: weights and file of its own, but the same."""
-    source = folder / f"{ORIGINAL}.onnx"
-    return Made(model.example(), model.build(), lambda path: shutil.copyfile(source, path))
+
+    def write(path: Path, runtime: str) -> None:
+        shutil.copyfile(_source(path), path)
+
+    return Made(model.example(), model.build(), write)
 
 
-def four_operators(model: Model, folder: Path) -> Made:
+def _source(path: Path) -> Path:
+    """The file of the first form."""
+    return path.with_name(f"{ORIGINAL}.onnx")
+
+
+def four_operators(model: Model) -> Made:
     """DyT spelled out: mul, tanh, mul, add."""
     return plain(_with_dyt(model), model.example())
 
 
-def folded(model: Model, folder: Path) -> Made:
+def folded(model: Model) -> Made:
     """DyT as the package's operator, gamma and beta in the weights behind it where those can be."""
     args = model.example()
     return converted(dyt_compile.convert(_with_dyt(model), example=(args, {}), fold=True), args)
 
 
-def affine(model: Model, folder: Path) -> Made:
+def affine(model: Model) -> Made:
     """Every site an affine map, folded into the weights behind it where those can take it."""
     args, changed = model.example(), _with_dyt(model)
     _replace_dyt(changed, _Affine)
     return converted(dyt_compile.convert(changed, example=(args, {}), fold=True), args)
 
 
-def bounded_int8(model: Model, folder: Path) -> Made:
+def bounded_int8(model: Model) -> Made:
     """What reads a DyT over eight bits, with scales that need no data."""
-    args = model.example()
-    result = dyt_compile.convert(_with_dyt(model), example=(args, {}), quantize="int8")
-    return Made(args, None, lambda path: dyt_compile.export_onnx(result, path))
+    args, changed = model.example(), _with_dyt(model)
+
+    def write(path: Path, runtime: str) -> None:
+        result = dyt_compile.convert(changed, example=(args, {}), quantize="int8", runtime=runtime)
+        dyt_compile.export_onnx(result, path)
+
+    return Made(args, None, write)
 
 
-def no_norm(model: Model, folder: Path) -> Made:
+def no_norm(model: Model) -> Made:
     """Nothing where the norms were: the limit of what any replacement can save."""
     changed = _with_dyt(model)
     _replace_dyt(changed, lambda part: nn.Identity())
     return plain(changed, model.example())
 
 
-def peer(model: Model, folder: Path) -> Made:
+def peer(model: Model) -> Made:
     """The norms, and ONNX Runtime's calibrated static INT8 for the layers that read them."""
-    args = model.example()
-    source = folder / f"{ORIGINAL}.onnx"
-    return Made(args, None, lambda path: quantize_calibrated(source, path, model.samples()))
+
+    def write(path: Path, runtime: str) -> None:
+        quantize_calibrated(_source(path), path, model.samples())
+
+    return Made(model.example(), None, write)
 
 
 def _with_dyt(model: Model) -> nn.Module:
@@ -177,7 +195,7 @@ ORIGINAL = "original norms"
 FOLDED = "folded DyT"
 INT8 = "DyT, bounded INT8"
 
-MODEL_FORMS: dict[str, Callable[[Model, Path], Made]] = {
+MODEL_FORMS: dict[str, Callable[[Model], Made]] = {
     ORIGINAL: original,
     "the original again": original_again,
     "DyT as four operators": four_operators,
@@ -216,11 +234,11 @@ class _Placed(nn.Module):
         return y
 
 
-def norm_alone(make: Callable[[int], nn.Module], site: Site, folder: Path) -> Made:
+def norm_alone(make: Callable[[int], nn.Module], site: Site) -> Made:
     return _placed(make, site, site.example()[:1])
 
 
-def norm_of_sum(make: Callable[[int], nn.Module], site: Site, folder: Path) -> Made:
+def norm_of_sum(make: Callable[[int], nn.Module], site: Site) -> Made:
     return _placed(make, site, site.example())
 
 
@@ -240,7 +258,7 @@ def nothing(width: int) -> nn.Module:
     return nn.Identity()
 
 
-SITE_FORMS: dict[str, Callable[[Site, Path], Made]] = {
+SITE_FORMS: dict[str, Callable[[Site], Made]] = {
     "bare add": partial(norm_of_sum, nothing),
     "LayerNorm": partial(norm_alone, nn.LayerNorm),
     "RMSNorm": partial(norm_alone, rms_norm),

@@ -43,7 +43,7 @@ MODELS = """\
 - **Affine, folded**: γ·(x + β) in place of every norm, folded in the same way. What is left of it
   is a bias in each layer of the LLaMA, which had none, and all of it in BERT.
 - **Bounded INT8**: `convert(quantize="int8")`: the layers that read a DyT, Q/DQ, weights
-  per channel, scales that need no data; the same file for every runtime.
+  per channel, scales that need no data; written for each runtime.
 - **No norm**: nothing in place of the norms, the limit.
 - **Calibrated INT8**: the peer. The norms stay, and the layers that read one are quantized by ONNX
   Runtime's `quantize_static`, Q/DQ, weights per channel, ranges from eight samples.

@@ -107,6 +107,9 @@ class Check(str, Enum):
     run = "run"
 
 
+OF_ONNX = (None, None, None, Dtype.fp32, False, Check.auto, Runtime.any)
+"""What the options are that only .onnx files have, where they were not given."""
+
 Target = Annotated[
     Path, typer.Option("-o", "--out", help="Write .onnx, .pt2 or .safetensors.", show_default=False)
 ]
@@ -170,7 +173,7 @@ def convert(
         ),
     ] = None,
     runtime: Annotated[
-        Runtime, typer.Option("--for", help="Who the quantised file is for.")
+        Runtime, typer.Option("--for", help="Who the .onnx file is for.")
     ] = Runtime.any,
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Also measure the error against converted sites.")
@@ -183,11 +186,11 @@ def convert(
     norms are converted as keep the measured error within --max-error.
     """
     check_out(out)
-    of_onnx = (opset, weights, quantize) != (None, None, None) or dtype is not Dtype.fp32 or fuse
-    if out.suffix != ".onnx" and (of_onnx or check is not Check.auto):
+    given = (opset, weights, quantize, dtype, fuse, check, runtime)
+    if out.suffix != ".onnx" and given != OF_ONNX:
         raise OptionError(
-            "--opset, --dtype, --fuse, --quantize, --weights and --check are of .onnx files; "
-            f"-o is {str(out)!r}"
+            "--opset, --dtype, --fuse, --quantize, --for, --weights and --check are of .onnx "
+            f"files; -o is {str(out)!r}"
         )
     if calibration is not None and (data is None or mode is Mode.exact):
         raise OptionError("--calibration needs --data: mode exact fits nothing")

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from ..clock import Clock
-from ..dyt import DOMAIN, FORMS, VERSION, Form
+from ..dyt import DOMAIN, FORMS, FUSED, VERSION, Form
 from ..errors import (
     CaptureError,
     DataError,
@@ -35,7 +35,7 @@ from ..graphs.onnx_scopes import SCOPES
 from ..graphs.onnx_structure import Structure, compare
 from ..graphs.onnx_weights import EMBEDDED_BYTES, WEIGHTS, save, weight_bytes
 from ..passes.match import match
-from ..passes.quantize import quantize
+from ..passes.quantize import WITHOUT_FUNCTIONS, quantize
 from ..runtime import Session
 from ..sites import NormSite
 
@@ -97,6 +97,9 @@ def export_onnx(
 ) -> OnnxExport:
     """Write a converted model as an ONNX file in which every DyT is a `dyt` function.
 
+    Where `result` was made for OpenVINO, which reads no functions, DyT is spelled out; it is
+    recognised all the same.
+
     opset: 18 to 23; by default 20, or the file's own where the model came from ONNX. dtype:
     "fp16" or "bf16" inside the model, whose inputs and outputs keep their types and names;
     alpha stays float32. By default nothing is narrowed. fuse: an Add before a DyT and a
@@ -132,7 +135,7 @@ def export_onnx(
     clock = Clock()
     with clock("build"):
         graph = _written(result, opset)
-        model = _built(graph, opset, dtype, fuse=fuse)
+        model = _built(graph, opset, dtype, result.runtime, fuse=fuse)
     source = _comparable(result, model, dtype)
     if check == "structure" and source is None:
         raise OptionError(
@@ -161,7 +164,7 @@ def export_onnx(
     )  # fmt: skip
 
 
-def _built(graph: Graph, opset: int | None, dtype: str, *, fuse: bool) -> ir.Model:
+def _built(graph: Graph, opset: int | None, dtype: str, runtime: str, *, fuse: bool) -> ir.Model:
     """The model as the file will hold it."""
     model = _portable(graph, opset)
     if dtype in NARROW:
@@ -169,6 +172,8 @@ def _built(graph: Graph, opset: int | None, dtype: str, *, fuse: bool) -> ir.Mod
     if fuse:
         onnx_fusion.fuse(model)
     restore(model)
+    if runtime in WITHOUT_FUNCTIONS:
+        onnx_functions.spell_out(model)
     return model
 
 
@@ -224,7 +229,10 @@ def _comparable(
     """What the written file is to equal, node by node, with its sites: the original where nothing
     was fitted or folded, else the converted model; None where its types or operators change."""
     graph: Any = result.graph if result.quantized is None else result.quantized.graph
-    if not isinstance(graph, OnnxGraph) or dtype in NARROW:
+    respelled = result.runtime in WITHOUT_FUNCTIONS or any(
+        FUSED[name].quantized for name in onnx_fusion.forms(model) if name in FUSED
+    )
+    if not isinstance(graph, OnnxGraph) or dtype in NARROW or respelled:
         return None
     if model.opset_imports[""] not in (graph.opset, LEAST_OPSET):
         return None

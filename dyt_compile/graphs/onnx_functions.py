@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from ..dyt import DOMAIN, FORMS, FUSED, VERSION, Form
 
-__all__ = ["LEAST_OPSET", "call", "declare", "function"]
+__all__ = ["LEAST_OPSET", "call", "declare", "function", "spell_out"]
 
 LEAST_OPSET = 15
 """CastLike, with which the bodies adapt to fp16 and bf16, came with opset 15."""
@@ -22,6 +23,9 @@ OUTPUT_DTYPE_OPSET = 21
 
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 OUTPUT_DTYPE = "output_dtype"
+
+WIDE = ir.DataType.FLOAT
+"""The type of alpha, in which bodies compute."""
 
 
 def call(
@@ -56,6 +60,19 @@ def declare(model: ir.Model) -> None:
         model.functions[body.identifier()] = body
     if called:
         model.opset_imports[DOMAIN] = VERSION
+
+
+def spell_out(model: ir.Model) -> None:
+    """Write every form out as the operators of its body, in place; casts to the same type go."""
+    known = set(model.graph)
+    common.InlinePass(lambda body: body.domain == DOMAIN)(model)
+    for node in [node for node in model.graph if node not in known]:
+        if node.op_type == "CastLike" and not node.outputs[0].is_graph_output():
+            x, like = (value for value in node.inputs if value is not None)
+            if (x.dtype or WIDE) == like.dtype:
+                node.outputs[0].replace_all_uses_with(x)
+                model.graph.remove(node, safe=True)
+    model.opset_imports.pop(DOMAIN, None)
 
 
 def function(form: Form, opset: int) -> ir.Function:

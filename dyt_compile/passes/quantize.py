@@ -22,6 +22,7 @@ from ..terms import Op, Term, Value
 
 __all__ = [
     "RUNTIMES",
+    "WITHOUT_FUNCTIONS",
     "Quantization",
     "QuantizedSite",
     "Unquantized",
@@ -59,6 +60,9 @@ RUNTIMES: Mapping[str, Callable[[Term], str | None]] = {
     "any": _any, "onnxruntime": _onnxruntime, "openvino": _every, "tensorrt": _every
 }  # fmt: skip
 """Who the file is for, and why a product is left in float for it."""
+
+WITHOUT_FUNCTIONS = ("openvino",)
+"""Runtimes that read no functions of a model: for them every DyT is spelled out."""
 
 SHARING = ("openvino", "tensorrt")
 """Runtimes in which several products may read one QuantizeLinear; see `onnx_quantize`."""
@@ -106,8 +110,6 @@ class Quantization:
 
 def check_eight_bits(dtype: Any, runtime: Any) -> None:
     """Raise OptionError for what is not allowed; dtype None is, for nothing quantised."""
-    if dtype is None and runtime != "any":
-        raise OptionError(f"runtime is {runtime!r}; it says how to quantise: set quantize, too")
     if dtype is not None and dtype not in FORMATS:
         raise OptionError(f"quantize is {dtype!r}; allowed: {', '.join(FORMATS)}")
     if runtime not in RUNTIMES:

@@ -375,9 +375,9 @@ def test_convert_quantises_onnx_files_alone(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = failure(capsys, "convert", model, "--quantize", "int8", "-o", tmp_path / "out.pt2")
-    assert "--quantize are of .onnx files" in line
-    line = failure(capsys, "convert", model, "--for", "openvino", "-o", tmp_path / "out.onnx")
-    assert "set quantize, too" in line
+    assert "--quantize, --for, --weights and --check are of .onnx files" in line
+    line = failure(capsys, "convert", model, "--for", "openvino", "-o", tmp_path / "out.pt2")
+    assert "are of .onnx files" in line
 
 
 def test_convert_writes_weights(model: str, data: str, tmp_path: Path) -> None:

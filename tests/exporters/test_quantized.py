@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dyt_compile import Conversion, export_onnx
 from dyt_compile.errors import OptionError
 from dyt_compile.exporters.torch_files import export_torch
 from dyt_compile.runtime import Session
+from dyt_compile.sites import NormKind
 
 pytest.importorskip("onnxruntime")
 
@@ -113,19 +115,33 @@ def test_every_product_behind_a_dyt_runs_as_integers(trained: nn.Module, tmp_pat
     assert found["QuantizeLinear"] == PRODUCTS
 
 
+def openvino_model(path: Path) -> Any:
+    openvino = pytest.importorskip("openvino")
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(str(path), "CPU", options)
+
+
 def test_every_product_behind_a_dyt_runs_as_integers_in_openvino(
     trained: nn.Module, tmp_path: Path
 ) -> None:
-    openvino = pytest.importorskip("openvino")
-    path = export_onnx(quantized(trained, "int8"), tmp_path / "model.onnx").path
-    options = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    result = quantized(trained, "int8", runtime="openvino")
+    compiled = openvino_model(export_onnx(result, tmp_path / "model.onnx").path)
     kernels = Counter(
-        str(info["runtimePrecision"])
+        info["runtimePrecision"].astype(str)
         for info in (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
-        if str(info["layerType"]) == "FullyConnected"
+        if info["layerType"].astype(str) == "FullyConnected"
     )
     assert kernels["i8"] + kernels["u8"] == PRODUCTS, kernels
+
+
+def test_dyt_is_spelled_out_for_openvino(trained: nn.Module, tmp_path: Path) -> None:
+    (x,), path = DATA[0], tmp_path / "model.onnx"
+    export_onnx(dyt_compile.convert(trained, example=(x,), runtime="openvino"), path)
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}
+    assert "CastLike" not in {node.op_type for node in onnx.load(path).graph.node}
+    assert {site.kind for site in dyt_compile.inspect(path).sites} == {NormKind.DYT}
+    (logits,) = openvino_model(path)([x.numpy()]).values()
+    assert np.allclose(logits, trained(x).detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])

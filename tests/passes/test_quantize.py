@@ -391,7 +391,6 @@ def test_the_budget_is_of_converting_and_quantising_together(
     [
         ({"quantize": "int4"}, "quantize is 'int4'; allowed: int8, fp8"),
         ({"quantize": "int8", "runtime": "tflite"}, "runtime is 'tflite'; allowed: any, onnx"),
-        ({"runtime": "openvino"}, "set quantize, too"),
         ({"quantize": "fp8", "runtime": "onnxruntime"}, "no FP8 kernels; allowed with fp8: any"),
     ],
 )
