@@ -365,7 +365,8 @@ def test_products_are_computed_in_bfloat16_where_the_loss_stays_the_same(
     ("path", "shape", "rate"),
     [
         ("head.weight", (7, 128), 0.01),
-        ("head.weight", (7, 512), 0.0025),
+        ("head.weight", (7, 256), 0.0025),
+        ("head.weight", (7, 4096), 0.001),
         ("head.weight", (512, 7), 0.01),
         ("head.bias", (400,), 0.01),
         ("norm.gamma", (400,), 0.01),
