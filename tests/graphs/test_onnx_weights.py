@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dyt_compile import convert, export_onnx
+import dyt_compile
+from dyt_compile import export_onnx
 from dyt_compile.compiler import compare_structure
 from dyt_compile.errors import CaptureError, ExportError, OptionError, VerificationError
 from dyt_compile.graphs import onnx_structure, onnx_weights
 from dyt_compile.graphs.onnx_files import load
 from dyt_compile.graphs.onnx_weights import save
+
+convert = partial(dyt_compile.convert, fold=False)
+"""What changes no weights, so that all of them stay where they are."""
 
 pytestmark = pytest.mark.core
 
@@ -227,6 +232,14 @@ def test_weights_are_linked_within_one_folder(beside: Path) -> None:
     assert {path.name for path in beside.parent.iterdir()} == {"model.onnx", "w.data", "new.onnx"}
     onnx.checker.check_model(str(written.path), full_check=True)
     _assert_weights(written.path)
+
+
+def test_folding_writes_the_weights_alone_that_it_changes(beside: Path) -> None:
+    written = export_onnx(dyt_compile.convert(beside), beside.with_name("new.onnx"))
+    assert _locations(written.path) == {"first.weight": "w.data"}  # the other one took gamma
+    assert written.structure is not None
+    with pytest.raises(VerificationError):
+        compare_structure(beside, written.path)  # another function, by rounding
 
 
 def test_weights_of_another_folder_are_embedded_or_copied(tmp_path: Path) -> None:
