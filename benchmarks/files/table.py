@@ -23,7 +23,7 @@ Other work ran on the machine, so a ratio is given of seconds of CPU, and of wal
 
 WAYS = {
     "inspect": "`inspect`",
-    "convert": "`convert --mode exact`, file to file",
+    "convert": "`convert --mode exact --no-fold`, file to file",
     "convert and compare": "the same, and the written file compared with its source",
     "floor": "onnx_ir, load and save (the floor)",
     "onnxscript": "onnxscript's rules for LayerNorm and RMSNorm",
