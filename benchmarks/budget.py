@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,12 +74,18 @@ class Run:
 class Fitted(Trials):
     """Trials that share their fits, which no metric and no budget has a part in."""
 
-    fits: dict[Any, Calibration]
+    fits: dict[tuple[frozenset[str], bool], Calibration]
 
-    def _calibrated(self, names: Collection[str], **options: Any) -> Calibration:
-        key = frozenset(names), *sorted(options.items())
+    def _calibrated(
+        self,
+        names: Collection[str],
+        squashes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        *,
+        refit: bool = False,
+    ) -> Calibration:
+        key = frozenset(names), refit
         if key not in self.fits:
-            self.fits[key] = super()._calibrated(names, **options)
+            self.fits[key] = super()._calibrated(names, squashes, refit=refit)
         return self.fits[key]
 
 
@@ -96,7 +103,7 @@ def runs(seed: int, metrics: Sequence[str]) -> Iterator[Run]:
     graph = capture(model, given[0], batches=given)
     found, output = match(graph), chosen_output(graph, None)
     sites = [site.name for site in found.sites]
-    shared: dict[Any, Calibration] = {}
+    shared: dict[tuple[frozenset[str], bool], Calibration] = {}
     with Shelf(graph) as shelf:
         for metric in metrics:
             samples = split(graph, given, seed)
