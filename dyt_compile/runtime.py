@@ -24,7 +24,7 @@ from .graphs.onnx_weights import EMBEDDED_BYTES, save, weight_bytes
 __all__ = ["PROVIDERS", "Session", "as_plugins", "parse_provider", "provider_options"]
 
 Array = npt.NDArray[Any]
-BFLOAT16 = ir.DataType.BFLOAT16
+BFLOAT16, FP8 = ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN
 
 FATAL = 4
 
@@ -41,6 +41,9 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 PLUGIN_DOMAIN = "trt.plugins"
 """Where ONNX Runtime's TensorRT provider expects the plugins of a library."""
+
+INTEGERS_ALONE = "QDQSelectorActionTransformer"
+"""An optimizer of ONNX Runtime; that of 1.24 puts kernels for integers behind quantizers to FP8."""
 
 PROVIDER_OPTIONS = {
     CUDA: {"use_tf32": "0"},  # it rounds what float32 products read to 10 bits
@@ -86,7 +89,12 @@ class Session:
             source = str(model) if unchanged else _source(loaded, temporary, options)
             providers = [(each, provider_options(each, library)) for each in wanted]
             try:
-                self._session = onnxruntime.InferenceSession(source, options, providers=providers)
+                self._session = onnxruntime.InferenceSession(
+                    source,
+                    options,
+                    providers=providers,
+                    disabled_optimizers=[INTEGERS_ALONE] if holds(loaded, FP8) else [],
+                )
             except Exception as error:
                 raise CaptureError(
                     f"ONNX Runtime does not take the model: {first_line(error)}"
