@@ -13,6 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 
 import numpy as np
 import onnx_ir as ir
@@ -182,8 +183,8 @@ class _Digests:
         for name, array in held.items():
             stored_as = "float32" if name in ("alpha", "shift") else dtype
             like = Value(None, name, None, stored_as)
-            flat = self._graph.from_array(np.ravel(np.asarray(array)), like)
-            parts += [name, flat.astype(np.float32).tobytes()]
+            whole = self._graph.from_array(np.asarray(array), like).astype(np.float32)
+            parts += [name, _without_leading_ones(whole.shape), whole.tobytes()]
         digest = _digest("dyt", *parts)
         producer = value.producer()
         if producer is not None:
@@ -229,6 +230,11 @@ def _of_node(
     domain: str, name: str, attributes: Iterable[Digest], operands: Iterable[Digest], place: int
 ) -> Digest:
     return _digest("node", domain, name, list(attributes), list(operands), place)
+
+
+def _without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """The axes that tell how an array is broadcast."""
+    return tuple(dropwhile(lambda size: size == 1, shape))
 
 
 def _of_bytes(tensor: ir.TensorProtocol) -> Digest:

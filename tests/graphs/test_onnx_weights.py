@@ -385,6 +385,31 @@ def test_structure_sees_the_difference_of_branches(tmp_path: Path) -> None:
         compare_structure(tmp_path / "a.onnx", tmp_path / "b.onnx")
 
 
+def test_structure_sees_along_which_axis_gamma_lies(tmp_path: Path) -> None:
+    gamma = RANDOM.random(WIDTH).astype(np.float32)
+    for name, shape in (("last", [WIDTH]), ("first", [WIDTH, 1])):
+        nodes = [
+            helper.make_node("Mul", ["x", "alpha"], ["scaled"]),
+            helper.make_node("Tanh", ["scaled"], ["squashed"]),
+            helper.make_node("Mul", ["squashed", "gamma"], ["y"]),
+        ]
+        x, y = (
+            helper.make_tensor_value_info(v, TensorProto.FLOAT, [2, WIDTH, WIDTH]) for v in "xy"
+        )
+        held = {"alpha": np.array(0.7, np.float32), "gamma": gamma.reshape(shape)}
+        graph = helper.make_graph(
+            nodes, "g", [x], [y], [numpy_helper.from_array(a, n) for n, a in held.items()]
+        )
+        opsets = [helper.make_opsetid("", 20)]
+        onnx.save(
+            helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / f"{name}.onnx"
+        )
+    last, first = tmp_path / "last.onnx", tmp_path / "first.onnx"
+    assert compare_structure(last, last).proved == compare_structure(first, first).proved == 1
+    with pytest.raises(VerificationError, match="'y'"):
+        compare_structure(last, first)
+
+
 def test_weights_that_differ_are_found_where_they_are_read(
     inside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
