@@ -26,9 +26,7 @@ __all__ = ["bench_gpu"]
 def bench_gpu(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help=".onnx files.")],
     shapes: Annotated[str, typer.Option(help=SHAPES_HELP, show_default=False)] = "",
-    runtime: Annotated[
-        RuntimeName, typer.Option(help="What builds the engines.")
-    ] = RuntimeName.tensorrt,
+    runtime: Annotated[RuntimeName, typer.Option(help="What builds the engines.")] = "tensorrt",
     plugin_library: Annotated[
         Path | None, typer.Option(help="Time the models that hold DyT with our plugin too.")
     ] = None,
@@ -50,7 +48,7 @@ def bench_gpu(
             timings += time_model(
                 model,
                 Path(folder),
-                runtime=runtime.value,
+                runtime=runtime,
                 shapes=combine(given, given, given),
                 plugin_library=plugin_library,
                 passes=passes,

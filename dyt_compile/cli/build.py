@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,30 +14,15 @@ from .progress import console
 
 __all__ = ["build"]
 
+RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
+
 SHAPES_HELP = "For dynamic axes, as trtexec spells them: input:1x3x224x224,mask:1x224."
-
-
-class RuntimeName(str, Enum):
-    """Which TensorRT builds the engine, and runs it."""
-
-    tensorrt = "tensorrt"
-    rtx = "tensorrt-rtx"
-
-
-class Lowering(str, Enum):
-    """What becomes of DyT."""
-
-    native = "native"
-    plugin = "plugin"
-    auto = "auto"
 
 
 def build(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The engine to write.")],
-    runtime: Annotated[
-        RuntimeName, typer.Option(help="What builds the engine.")
-    ] = RuntimeName.tensorrt,
+    runtime: Annotated[RuntimeName, typer.Option(help="What builds the engine.")] = "tensorrt",
     min_shapes: Annotated[
         str, typer.Option("--minShapes", help=SHAPES_HELP, show_default=False)
     ] = "",
@@ -49,8 +33,9 @@ def build(
         str, typer.Option("--maxShapes", help="The largest ones.", show_default=False)
     ] = "",
     lowering: Annotated[
-        Lowering, typer.Option(help="DyT as native operators, as our plugin, or the faster.")
-    ] = Lowering.native,
+        Literal["native", "plugin", "auto"],
+        typer.Option(help="DyT as native operators, as our plugin, or the faster."),
+    ] = "native",
     target: Annotated[
         list[str] | None,
         typer.Option(help="Compute capability (sm89) for tensorrt-rtx; may be repeated."),
@@ -78,9 +63,9 @@ def build(
     report = build_engine(
         model,
         out,
-        runtime=runtime.value,
+        runtime=runtime,
         shapes=shapes,
-        lowering=lowering.value,
+        lowering=lowering,
         target=[name for text in target or () for name in text.split(",")],
         plugin_library=plugin_library,
         timing_cache=timing_cache,

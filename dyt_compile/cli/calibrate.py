@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from .. import compiler
 from ..calibration import Calibration
 from ..progress import reporting
-from .convert import Fit, FitMethod
-from .options import BatchSize, Exclude, Model, ProviderName, Verbose
+from .options import BatchSize, Exclude, Fit, Model, ProviderName, Verbose
 from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
 
 __all__ = ["calibrate"]
-
-
-class Activations(str, Enum):
-    """What every site is fitted on."""
-
-    converted = "converted"
-    original = "original"
 
 
 Target = Annotated[
@@ -37,9 +28,10 @@ def calibrate(
     out: Target,
     data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
     activations: Annotated[
-        Activations, typer.Option(help="Of the converted model, or of the original.")
-    ] = Activations.converted,
-    fit: Fit = FitMethod.auto,
+        Literal["converted", "original"],
+        typer.Option(help="Of the converted model, or of the original."),
+    ] = "converted",
+    fit: Fit = "auto",
     keep_sums: Annotated[
         bool, typer.Option("--keep-sums", help="So that other runs can be merged with this one.")
     ] = False,
@@ -64,9 +56,9 @@ def calibrate(
         made = compiler.calibrate(
             source.model,
             load_data(data, batch_size),
-            activations=activations.value,
+            activations=activations,
             keep_sums=keep_sums or bool(others),
-            fit=fit.value,
+            fit=fit,
             example=source.example,
             exclude=tuple(exclude or ()),
             seed=seed,

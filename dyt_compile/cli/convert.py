@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,6 +21,7 @@ from .options import (
     BatchSize,
     Data,
     Exclude,
+    Fit,
     MetricName,
     Model,
     OutputName,
@@ -36,78 +36,7 @@ from .writing import check_out, write_model
 __all__ = ["convert"]
 
 
-class Mode(str, Enum):
-    """How much of the model may change."""
-
-    exact = "exact"
-    budget = "budget"
-    all = "all"
-
-
-class Metric(str, Enum):
-    """How the error at the output is measured."""
-
-    relative = "relative"
-    cosine = "cosine"
-    kl = "kl"
-    top1 = "top1"
-
-
-class FitMethod(str, Enum):
-    """What is fitted at a site."""
-
-    auto = "auto"
-    diagonal = "diagonal"
-    full = "full"
-
-
-Fit = Annotated[
-    FitMethod,
-    typer.Option(help="One value a channel, or a matrix that the weights behind take up."),
-]
-
-
-class Dtype(str, Enum):
-    """In which type the exported model computes."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
-class EightBits(str, Enum):
-    """What products of a DyT's output compute in."""
-
-    int8 = "int8"
-    fp8 = "fp8"
-
-
-class Runtime(str, Enum):
-    """Who a quantised file is for."""
-
-    any = "any"
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    tensorrt = "tensorrt"
-
-
-class Weights(str, Enum):
-    """Where the weights of an ONNX file go."""
-
-    link = "link"
-    copy = "copy"
-    embed = "embed"
-
-
-class Check(str, Enum):
-    """How a written ONNX file is checked."""
-
-    auto = "auto"
-    structure = "structure"
-    run = "run"
-
-
-OF_ONNX = (None, None, None, Dtype.fp32, False, Check.auto, Runtime.any)
+OF_ONNX = (None, None, None, "fp32", False, "auto", "any")
 """What the options are that only .onnx files have, where they were not given."""
 
 Target = Annotated[
@@ -120,22 +49,24 @@ def convert(
     out: Target,
     data: Data = None,
     mode: Annotated[
-        Mode | None, typer.Option(help="Default: budget with --data, exact without.")
+        Literal["exact", "budget", "all"] | None,
+        typer.Option(help="Default: budget with --data, exact without."),
     ] = None,
     max_error: Annotated[float, typer.Option(help="The budget of mode budget.")] = 0.05,
     metric: MetricName = "relative",
     output: OutputName = None,
     exclude: Exclude = None,
-    fit: Fit = FitMethod.auto,
+    fit: Fit = "auto",
     batch_size: BatchSize = 32,
     opset: Annotated[
         int | None, typer.Option(help="18 to 23; default: 20, or the ONNX file's own.")
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Inside the exported model; its inputs and outputs stay.")
-    ] = Dtype.fp32,
+        Literal["fp32", "fp16", "bf16"],
+        typer.Option(help="Inside the exported model; its inputs and outputs stay."),
+    ] = "fp32",
     weights: Annotated[
-        Weights | None,
+        Literal["link", "copy", "embed"] | None,
         typer.Option(
             help="Link to the ONNX model's data files, copy the weights beside the new file, or "
             "embed them. Default: link within one folder; else embed up to 1.8 GB, copy above.",
@@ -143,12 +74,12 @@ def convert(
         ),
     ] = None,
     check: Annotated[
-        Check,
+        Literal["auto", "structure", "run"],
         typer.Option(
             help="Of the written file: compare its structure with the ONNX model's, or also run "
             "it; auto runs exact conversions up to 1.8 GB."
         ),
-    ] = Check.auto,
+    ] = "auto",
     provider: ProviderName = "cpu",
     seed: Annotated[int, typer.Option(help="Of the split into fit, plan and report.")] = 0,
     report: Reports = None,
@@ -167,14 +98,15 @@ def convert(
         typer.Option("--fuse", help="Add and QuantizeLinear around a DyT into its node (exact)."),
     ] = False,
     quantize: Annotated[
-        EightBits | None,
+        Literal["int8", "fp8"] | None,
         typer.Option(
             help="Eight bits for what reads a DyT; --max-error covers it.", show_default=False
         ),
     ] = None,
     runtime: Annotated[
-        Runtime, typer.Option("--for", help="Who the .onnx file is for.")
-    ] = Runtime.any,
+        Literal["any", "onnxruntime", "openvino", "tensorrt"],
+        typer.Option("--for", help="Who the .onnx file is for."),
+    ] = "any",
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Also measure the error against converted sites.")
     ] = False,
@@ -192,7 +124,7 @@ def convert(
             "--opset, --dtype, --fuse, --quantize, --for, --weights and --check are of .onnx "
             f"files; -o is {str(out)!r}"
         )
-    if calibration is not None and (data is None or mode is Mode.exact):
+    if calibration is not None and (data is None or mode == "exact"):
         raise OptionError("--calibration needs --data: mode exact fits nothing")
     for path in report or ():
         check_target(path)
@@ -202,7 +134,7 @@ def convert(
         result = compiler.convert(
             source.model,
             None if data is None else load_data(data, batch_size),
-            mode=None if mode is None else mode.value,
+            mode=mode,
             budget=max_error,
             metric=counted,
             output=output,
@@ -211,22 +143,22 @@ def convert(
             seed=seed,
             provider=provider,
             fold=fold,
-            fit=fit.value,
+            fit=fit,
             affine=affine,
             frontier=frontier,
             calibration=fits,
-            quantize=None if quantize is None else quantize.value,
-            runtime=runtime.value,
+            quantize=quantize,
+            runtime=runtime,
         )
         written, told = write_model(
             result,
             out,
             opset=opset,
-            dtype=dtype.value,
+            dtype=dtype,
             fuse=fuse,
             provider=provider,
-            weights=None if weights is None else weights.value,
-            check=check.value,
+            weights=weights,
+            check=check,
         )
     if calibration is not None and result.calibration is not None:
         result.calibration.save(calibration)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 __all__ = [
-    "BatchSize", "Data", "Exclude", "MetricName", "Model", "OutputName", "ProviderName", "Reports",
-    "Verbose",
+    "BatchSize", "Data", "Exclude", "Fit", "MetricName", "Model", "OutputName", "ProviderName",
+    "Reports", "Verbose",
 ]  # fmt: skip
 
 MODEL_HELP = (
@@ -31,6 +31,10 @@ METRIC_HELP = (
 MetricName = Annotated[str, typer.Option(help=METRIC_HELP)]
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Keep sites whose name matches this REGEX.")
+]
+Fit = Annotated[
+    Literal["auto", "diagonal", "full"],
+    typer.Option(help="One value a channel, or a matrix that the weights behind take up."),
 ]
 BatchSize = Annotated[int, typer.Option(help="Samples a batch, for an .npz file.")]
 ProviderName = Annotated[

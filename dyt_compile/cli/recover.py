@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,20 +13,12 @@ from ..progress import reporting
 from ..recovery import recover as recover_conversion
 from ..report.terminal import report_table
 from ..report.writing import check_target, write_report
-from .convert import Fit, FitMethod, Metric
-from .options import BatchSize, Exclude, Model, OutputName, Reports, Verbose
+from .options import BatchSize, Exclude, Fit, Model, OutputName, Reports, Verbose
 from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
 from .writing import check_out, write_model
 
 __all__ = ["recover"]
-
-
-class Train(str, Enum):
-    """Which weights learn."""
-
-    all = "all"
-    dyt = "dyt"
 
 
 Target = Annotated[
@@ -45,14 +36,18 @@ def recover(
     steps: Annotated[
         int | None, typer.Option(help="Steps instead of minutes: a run to repeat.")
     ] = None,
-    train: Annotated[Train, typer.Option(help="All weights, or alpha, gamma, beta.")] = Train.all,
+    train: Annotated[
+        Literal["all", "dyt"], typer.Option(help="All weights, or alpha, gamma, beta.")
+    ] = "all",
     staged: Annotated[
         bool, typer.Option("--staged", help="Convert a few sites at a time, easy ones first.")
     ] = False,
-    metric: Annotated[Metric, typer.Option(help="What the error counts.")] = Metric.relative,
+    metric: Annotated[
+        Literal["relative", "cosine", "kl", "top1"], typer.Option(help="What the error counts.")
+    ] = "relative",
     output: OutputName = None,
     exclude: Exclude = None,
-    fit: Fit = FitMethod.auto,
+    fit: Fit = "auto",
     batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(help="Of the split of the data and its order.")] = 0,
     checkpoint: Annotated[
@@ -82,11 +77,11 @@ def recover(
             source.model,
             batches,
             mode="all",
-            metric=metric.value,
+            metric=metric,
             output=output,
             example=source.example,
             exclude=tuple(exclude or ()),
-            fit=fit.value,
+            fit=fit,
             seed=seed,
         )
         result = recover_conversion(
@@ -94,7 +89,7 @@ def recover(
             batches,
             minutes=minutes,
             steps=steps,
-            train=train.value,
+            train=train,
             staged=staged,
             checkpoint=kept,
             seed=seed,
