@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,18 +73,12 @@ class Run:
 class Fitted(Trials):
     """Trials that share their fits, which no metric and no budget has a part in."""
 
-    fits: dict[tuple[frozenset[str], bool], Calibration]
+    fits: dict[str, Calibration]
 
-    def _calibrated(
-        self,
-        names: Collection[str],
-        squashes: Mapping[str, Sequence[str]] = MappingProxyType({}),
-        *,
-        refit: bool = False,
-    ) -> Calibration:
-        key = frozenset(names), refit
+    def _calibrated(self, names: Collection[str], *others: Any, **options: Any) -> Calibration:
+        key = repr((sorted(names), others, options))
         if key not in self.fits:
-            self.fits[key] = super()._calibrated(names, squashes, refit=refit)
+            self.fits[key] = super()._calibrated(names, *others, **options)
         return self.fits[key]
 
 
@@ -103,7 +96,7 @@ def runs(seed: int, metrics: Sequence[str]) -> Iterator[Run]:
     graph = capture(model, given[0], batches=given)
     found, output = match(graph), chosen_output(graph, None)
     sites = [site.name for site in found.sites]
-    shared: dict[tuple[frozenset[str], bool], Calibration] = {}
+    shared: dict[str, Calibration] = {}
     with Shelf(graph) as shelf:
         for metric in metrics:
             samples = split(graph, given, seed)

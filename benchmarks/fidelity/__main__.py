@@ -8,7 +8,6 @@ minutes begins anew.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import time
@@ -25,6 +24,7 @@ from dyt_compile.files import replaced
 from dyt_compile.progress import reporting
 from dyt_compile.report.records import environment
 
+from ..digest import digest
 from .picture import draw
 from .subjects import HELD, ROOT, SUBJECTS
 from .table import render, terminal
@@ -47,11 +47,7 @@ Row = dict[str, Any]
 
 def sources() -> str:
     """A digest of the code that the figures depend on."""
-    found = hashlib.sha256()
-    for pattern in SOURCES:
-        for path in sorted(filter(Path.is_file, ROOT.glob(pattern))):
-            found.update(path.read_bytes())
-    return found.hexdigest()[:12]
+    return digest(ROOT, SOURCES)
 
 
 def measured(name: str, seed: int, minutes: float) -> Row:

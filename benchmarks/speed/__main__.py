@@ -26,6 +26,7 @@ from dyt_compile.files import replaced
 from dyt_compile.progress import reporting
 from dyt_compile.report.records import environment
 
+from ..digest import digest
 from .bench import Bench, Turn
 from .picture import draw
 from .runtimes import RUNTIMES, hold_memory
@@ -56,11 +57,7 @@ SOURCES = (
 
 def sources() -> str:
     """A digest of the code that the figures depend on."""
-    found = hashlib.sha256()
-    for pattern in SOURCES:
-        for path in sorted(filter(Path.is_file, ROOT.glob(pattern))):
-            found.update(path.read_bytes())
-    return found.hexdigest()[:12]
+    return digest(ROOT, SOURCES)
 
 
 def circumstances(threads: int, pairs: int) -> dict[str, Any]:
