@@ -214,7 +214,9 @@ def _groups(result: Conversion) -> list[frozenset[str]]:
     first = [site.name for site in result.match.sites
              if site.tied_to is None and errors.get(site.name) is not None]  # fmt: skip
     affine = _affine(result)
-    order = sorted(set(first) - affine, key=lambda name: errors[name] or 0.0)
+    order = sorted(
+        (name for name in first if name not in affine), key=lambda name: errors[name] or 0.0
+    )
     parts = np.array_split(np.array(order, dtype=object), max(1, min(STAGES, len(order))))
     groups = [set(part) for part in parts]
     groups[-1] |= affine.intersection(first)

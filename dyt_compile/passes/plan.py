@@ -56,8 +56,8 @@ class Step:
     """A site becomes DyT, or an affine map. error: at the output, of that site alone so converted.
 
     gain: as of `Choice`, once the steps before are taken; 0 for DyT in place of an affine map that
-    was too much. rank: the root of what it adds to the
-    squared error for each unit of gain; errors of several sites add in squares.
+    was too much. rank: the root of what it adds to the squared error for each unit of gain; errors
+    of several sites add in squares.
     """
 
     name: str

@@ -69,13 +69,13 @@ def main() -> None:
     }
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
+    affine = f", {figures['affine']} to affine maps" if options.affine else ""
     console = Console()
     console.print(sites_table(report))
     console.print(
         f"held-out text: KL {figures['kl']:.4f} nats a character, loss "
         f"{figures['loss_before']:.3f} before, {figures['loss_after']:.3f} after; "
-        f"{figures['converted']} of {figures['sites']} norms converted, "
-        f"{figures['affine']} to affine maps; "
+        f"{figures['converted']} of {figures['sites']} norms converted{affine}; "
         f"KL on the report's samples {report.error:.4f} (budget {options.max_error}, "
         f"mode {options.mode})"
     )

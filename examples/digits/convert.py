@@ -69,12 +69,12 @@ def main() -> None:
     }
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
+    affine = f", {figures['affine']} to affine maps" if options.affine else ""
     console = Console()
     console.print(sites_table(report))
     console.print(
         f"accuracy {figures['accuracy_before']:.1%} before, {figures['accuracy_after']:.1%} after; "
-        f"{figures['converted']} of {figures['sites']} norms converted, "
-        f"{figures['affine']} to affine maps; "
+        f"{figures['converted']} of {figures['sites']} norms converted{affine}; "
         f"output error {report.error:.3f} (budget {options.max_error}, mode {options.mode})"
     )
     console.print(

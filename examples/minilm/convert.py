@@ -106,13 +106,13 @@ def main() -> None:
     }
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
+    affine = f", {figures['affine']} to affine maps" if options.affine else ""
     console = Console()
     console.print(sites_table(report))
     console.print(
         f"held-out sentences: cosine similarity {figures['cosine_similarity']:.4f}, "
         f"nearest neighbour agreement {figures['nearest_neighbour_agreement']:.1%}; "
-        f"{figures['converted']} of {figures['sites']} norms converted, "
-        f"{figures['affine']} to affine maps; "
+        f"{figures['converted']} of {figures['sites']} norms converted{affine}; "
         f"output error {report.error:.3f} (budget {options.max_error}, mode {options.mode})"
     )
     console.print(
