@@ -177,13 +177,14 @@ def _replace_dyt(model: nn.Module, make: Callable[[DynamicTanh], nn.Module]) -> 
 class _Affine(nn.Module):
     """gamma (x + beta): `fold` goes from first to last, and a scale does not pass a shift.
 
-    A site has a beta even where the norm had none.
+    A site has a beta even where the norm had none. Gamma is halved: nothing bounds such a model,
+    and with random weights it grew from block to block until rounding alone changed its output.
     """
 
     def __init__(self, dyt: DynamicTanh) -> None:
         super().__init__()
         random = torch.Generator().manual_seed(2)
-        self.gamma = dyt.gamma
+        self.gamma = nn.Parameter(0.5 * dyt.gamma, requires_grad=False)
         noise = 0.02 * torch.randn(dyt.width, generator=random)
         self.beta = nn.Parameter(noise, requires_grad=False)
 
