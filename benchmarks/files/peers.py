@@ -72,7 +72,7 @@ def _onnxscript(source: Path, target: Path) -> int:
 
 
 def _onnxslim(source: Path, target: Path) -> int:
-    import onnxslim  # type: ignore[import-not-found, unused-ignore]
+    import onnxslim  # type: ignore[import-untyped]
 
     onnxslim.slim(str(source), str(target), save_as_external_data=_is_large(source))
     return norms(ir.load(target))
