@@ -134,9 +134,9 @@ class Prover:
         """Whether the piece equals DyT or Derf of its input, on random input and parameters."""
         axes = (-1,)
         read = dict.fromkeys((*piece.constants(), *parameters.values()))
-        constants = {value: _random(value, seed) for seed, value in enumerate(read)}
-        values = {name: constants[value] for name, value in parameters.items()}
         x = _probe(piece, axes, tuple(read))
+        constants = {v: _random(v, seed, _most(piece, x)) for seed, v in enumerate(read)}
+        values = {name: constants[value] for name, value in parameters.items()}
         y = _run(piece, x, constants)
         return y is not None and _close(
             y, dyt.evaluate(dyt.DytParameters(squash=squash, **values), x)
@@ -166,7 +166,7 @@ def _identify_over(piece: Piece, axes: tuple[int, ...]) -> Proof | Miss:
     if not _same_shape(piece.input, piece.output):
         return Miss("its result has another shape than its input", near=False)
     x = _probe(piece, axes, constants)
-    values = {value: _random(value, seed) for seed, value in enumerate(constants)}
+    values = {v: _random(v, seed, _most(piece, x)) for seed, v in enumerate(constants)}
     y = _run(piece, x, values)
     if y is None or y.shape != x.shape:
         return Miss("its result has another shape than its input", near=False)
@@ -310,17 +310,24 @@ def _given(value: Value | float | None, values: Mapping[Value, Array]) -> Array 
     return np.asarray(value.scalar, np.float64)
 
 
-def _random(value: Value, seed: int) -> Array:
-    """A random constant of the value's shape; a dynamic axis has length 1."""
+def _most(piece: Piece, x: Array) -> tuple[int, ...]:
+    """How long a constant is taken along each axis: as a probe, where every axis has one place."""
+    return () if piece.moves() else x.shape
+
+
+def _random(value: Value, seed: int, most: Sequence[int]) -> Array:
+    """A random constant of the value's shape, cut to `most`; a dynamic axis has length 1."""
     shape = [size or 1 for size in value.shape or ()]
+    for place in range(-min(len(shape), len(most)), 0):
+        shape[place] = min(shape[place], most[place])
     return np.random.default_rng(seed).uniform(0.5, 1.5, shape)
 
 
 def _probe(piece: Piece, axes: tuple[int, ...], constants: Sequence[Value]) -> Array:
     """Random rows along the normalized axis, with mean squares from 1e-14 to 1e4.
 
-    Other axes have small lengths, but their own where a constant varies along them, and where a
-    view puts them together with others.
+    Other axes have small lengths: no longer than a constant that varies along them, their own where
+    a view puts them together with others, and as long as the constant where axes change places.
     """
     shape = piece.input.shape or max(
         (value.shape for value in constants if value.shape), key=len, default=(None,)
@@ -336,7 +343,8 @@ def _probe(piece: Piece, axes: tuple[int, ...], constants: Sequence[Value]) -> A
         elif viewed and (size := shape[place]) is not None:
             sizes.append(size)
         else:
-            sizes.append(held or ROW_SIZES[-1 - place] if -place <= len(ROW_SIZES) else 2)
+            short = ROW_SIZES[-1 - place] if -place <= len(ROW_SIZES) else 2
+            sizes.append(min(held, short) if held and not piece.moves() else held or short)
     places = range(-len(sizes), 0)
     if all(place in axes or sizes[place] == 1 for place in places):
         # One row alone is no line: its scales go to the first axis, or to one before it.

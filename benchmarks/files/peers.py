@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 import dyt_compile
 from dyt_compile.graphs.onnx import OnnxGraph
+from dyt_compile.graphs.onnx_files import settle
+from dyt_compile.graphs.onnx_prepare import check_inputs, prepare
 from dyt_compile.passes.match import match
 
 __all__ = ["PEERS", "Peer", "match_ours", "match_theirs", "norms"]
@@ -108,8 +110,11 @@ PEERS = {
 
 
 def match_ours(model: ir.Model) -> int:
-    """Find the norms of a model in memory: a copy, shapes, terms, match and proofs."""
-    return len(match(OnnxGraph.from_model("model", model)).sites)
+    """Find the norms of a model in memory, in place: shapes, terms, match and proofs."""
+    check_inputs(model)
+    settle(model)
+    prepare(model)
+    return len(match(OnnxGraph("model", model)).sites)
 
 
 def match_theirs(model: ir.Model) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -376,7 +376,7 @@ def _seen(value: ir.Value, *, constant: bool = False) -> Value:
         shape = tuple(size if isinstance(size, int) else None for size in value.shape)
     elif constant and value.const_value is not None:
         shape = tuple(value.const_value.shape.numpy())
-    dtype = None if value.dtype is None else value.dtype.numpy().name
+    dtype = None if value.dtype is None else _name(value.dtype)
     number = scalar(value) if constant else None
     # A learned number and a literal are both initializers; exporters give the learned one the
     # path of its module, and axes.
@@ -384,6 +384,12 @@ def _seen(value: ir.Value, *, constant: bool = False) -> Value:
     return Value(
         value, str(value.name), shape, dtype, constant=constant, parameter=learned, scalar=number
     )
+
+
+@cache
+def _name(dtype: ir.DataType) -> str:
+    """NumPy's name of a dtype, which NumPy makes anew each time."""
+    return str(dtype.numpy().name)
 
 
 def _numpy_dtype(name: str | None) -> np.dtype[Any]:

@@ -85,6 +85,9 @@ def is_parameter(value: ir.Value) -> bool:
 
 def scalar(value: ir.Value | None) -> float | None:
     """The number that a value of one element always holds, None for everything else."""
+    tensor = stored(value)
+    if tensor is not None and tensor.size != 1:
+        return None
     array = known(value)
     return float(array.reshape(())) if array is not None and array.size == 1 else None
 

@@ -59,6 +59,8 @@ def fuse(model: ir.Model) -> Mapping[str, int]:
 
 def unfuse(model: ir.Model) -> bool:
     """Write every fused form out as the nodes that it stands for, in place; whether any was."""
+    if not any(domain == DOMAIN and name in FUSED for domain, name, _ in model.functions):
+        return False
     inline = common.InlinePass(lambda body: body.domain == DOMAIN and body.name in FUSED)
     return inline(model).modified
 

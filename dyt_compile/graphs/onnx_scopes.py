@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import onnx_ir as ir
 
@@ -31,20 +32,18 @@ class Scopes:
     def __init__(self, nodes: Iterable[ir.Node]) -> None:
         self._paths: dict[Scope, str] = {}
         for node in nodes:
-            for scope, path in zip(_prefixes(_levels(node)), _read_paths(node), strict=False):
-                self._paths.setdefault(scope, path)
+            if levels := _levels(node):
+                for scope, path in zip(_prefixes(levels), _read_paths(node, levels), strict=False):
+                    self._paths.setdefault(scope, path)
         self._known = set(self._paths.values())
 
     def __call__(self, node: ir.Node) -> str:
         """The path of the innermost module, "" where nothing tells it."""
         scopes = node.metadata_props.get(SCOPES)
-        if scopes is None:
-            return next(iter(_read_paths(node)), None) or self._path(_levels(node))
-        try:
-            path = ast.literal_eval(scopes)
-        except (SyntaxError, ValueError):
-            return ""
-        return str(path[-2]) if isinstance(path, list) and len(path) > 1 else ""
+        if scopes is not None:
+            return _innermost(scopes)
+        levels = _levels(node)
+        return next(iter(_read_paths(node, levels)), None) or self._path(levels)
 
     def _path(self, scope: Scope) -> str:
         if not scope:
@@ -58,18 +57,29 @@ class Scopes:
         return self._paths[scope]
 
 
+@lru_cache(maxsize=4096)
+def _innermost(scopes: str) -> str:
+    """The path of the innermost module in torch's metadata, where the node itself comes last."""
+    try:
+        path = ast.literal_eval(scopes)
+    except (SyntaxError, ValueError):
+        return ""
+    return str(path[-2]) if isinstance(path, list) and len(path) > 1 else ""
+
+
 def _levels(node: ir.Node) -> Scope:
     """The scope in a node's name; ONNX Runtime's optimizer appends the names of its fusions."""
     name = node.name or ""
-    parts = [part for part in name.split("/") if part and "Fusion" not in part]
-    return tuple(parts[:-1]) if name.startswith("/") else ()
+    if not name.startswith("/"):
+        return ()
+    return tuple(part for part in name.split("/") if part and "Fusion" not in part)[:-1]
 
 
-def _read_paths(node: ir.Node) -> list[str]:
+def _read_paths(node: ir.Node, levels: Scope) -> list[str]:
     """The paths of the scope of a node and of those around it, by a parameter that it reads."""
-    for value in node.inputs:
+    for value in node.inputs if levels else ():
         if value is not None and is_parameter(value):
-            found = _aligned(_levels(node), str(value.name).rpartition(".")[0])
+            found = _aligned(levels, str(value.name).rpartition(".")[0])
             if found:
                 return found
     return []

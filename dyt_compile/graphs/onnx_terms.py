@@ -272,8 +272,8 @@ def _matmul(node: ir.Node) -> Said:
     dots = row_by_column(left, right, _sizes(left), _sizes(right))
     if dots is not None:
         return dots
-    number = _everywhere(right)
-    if number is not None and len(_sizes(right) or ()) == 2:
+    number = _everywhere(right) if _may_sum(_sizes(right)) else None
+    if number is not None:
         return row_sum(left, number)
     return Said(Op.MATMUL, (*node.inputs, None), {"transposed": False})
 
@@ -282,6 +282,14 @@ def _sizes(value: ir.Value | None) -> tuple[int | None, ...] | None:
     if value is None or value.shape is None:
         return None
     return tuple(size if isinstance(size, int) else None for size in value.shape)
+
+
+def _may_sum(shape: tuple[int | None, ...] | None) -> bool:
+    """Whether a product with a matrix may be the sum of each row, once or for all of its places.
+
+    To look into every weight takes as long as all the rest.
+    """
+    return shape is not None and len(shape) == 2 and shape[1] in (1, shape[0])
 
 
 def _everywhere(value: ir.Value | None) -> float | None:
