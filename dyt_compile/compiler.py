@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .batches import as_arguments, as_batches
 from .calibration import Calibration
 from .clock import Clock
-from .data import SHARES, UNPLANNED, Part, split, whole
+from .data import HALVES, SHARES, UNPLANNED, Part, Splits, split, whole
 from .eight_bits import EightBits
 from .errors import DataError, OptionError
 from .exclusion import candidates, patterns
@@ -177,16 +177,16 @@ def convert(
     quantize: "int8" or "fp8": products and convolutions that read a DyT compute over eight bits in
     the ONNX file that `export_onnx` writes; no calibration data is needed, as DyT is bounded
     (`passes/quantize.py`). runtime: who that file is for, "any", "onnxruntime", "openvino" or
-    "tensorrt". With data the error that this adds is measured apart, and in modes "budget" and
-    "exact" the error of both together must be within the budget.
+    "tensorrt". With data the error that this adds is measured apart; in modes "budget" and "exact"
+    products stay in float where the error of both together would not keep the budget, and the
+    report says which.
 
     The model itself stays as it is. The result's `model` has parameters of its own where a norm
     was replaced or a weight took something up, and shares all other weights with the original: to
     change one and keep the other (fine-tuning, moving it to another device), copy it first.
 
     Raises OptionError, CaptureError, DataError, CalibrationError for a calibration of another
-    model, and BudgetError if the error on the report samples exceeds the budget twice, or with
-    eight bits once.
+    model, and BudgetError if the error on the report samples exceeds the budget twice.
     """
     check_eight_bits(quantize, runtime)
     if calibration is not None and mode is not None:
@@ -213,6 +213,7 @@ def convert(
         found = match(graph)
     eight = None if quantize is None else EightBits(quantize, runtime, metric, budget, clock)
     finished = partial(_finished, fold=fold, eight=eight, runtime=runtime)
+    halves = partial(split, graph, () if batches is None else batches, seed, HALVES)
     if calibration is not None:
         fits = of_model(calibration, graph, found, exclude)
         applied = apply(fits, graph, found, batches, metric, output, clock)
@@ -228,14 +229,14 @@ def convert(
         )
         probe = _probe(graph, args, kwargs)
         made = Conversion(applied.graph, graph, found, fits, report, probe)
-        return finished(made, None if batches is None else whole(graph, batches))
+        return finished(made, None if batches is None else whole(graph, batches), halves)
     if mode == "exact" or batches is None:
         with clock("rewrite"):
             rewritten = rewrite(graph, found, None, ())
         report = assemble(graph, found, mode, named(metric), output, seconds=clock.seconds)
         probe = _probe(graph, args, kwargs)
         made = Conversion(rewritten, graph, found, None, report, probe)
-        return finished(made, None if batches is None else whole(graph, batches))
+        return finished(made, None if batches is None else whole(graph, batches), halves)
     shares = UNPLANNED if mode == "all" and not frontier else SHARES
     with Shelf(graph) as shelf:
         samples = split(graph, batches, seed, shares)
@@ -271,7 +272,7 @@ def convert(
     kept = trials.isolated if chosen is None else chosen.calibration
     probe = _probe(graph, args, kwargs)
     made = Conversion(outcome.graph, graph, found, kept, report, probe)
-    return finished(made, samples.report)
+    return finished(made, samples.report, lambda: samples)
 
 
 def calibrate(
@@ -325,11 +326,17 @@ def calibrate(
 
 
 def _finished(
-    result: Conversion, samples: Part | None, *, fold: bool, eight: EightBits | None, runtime: str
+    result: Conversion,
+    samples: Part | None,
+    apart: Callable[[], Splits],
+    *,
+    fold: bool,
+    eight: EightBits | None,
+    runtime: str,
 ) -> Conversion:
     """The conversion folded, and over eight bits, if that is wanted."""
     made = replace(concluded(result, fold), runtime=runtime)
-    return made if eight is None else eight(made, samples)
+    return made if eight is None else eight(made, samples, apart)
 
 
 def concluded(result: Conversion, fold: bool) -> Conversion:

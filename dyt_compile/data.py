@@ -18,8 +18,8 @@ from .errors import DataError
 from .graphs.base import Batch, Graph
 
 __all__ = [
-    "SHARES", "UNPLANNED", "Part", "Splits", "attention_mask", "load", "pieces", "sample_keys",
-    "split", "whole",
+    "FIRST", "HALVES", "SHARES", "UNPLANNED", "Part", "Splits", "attention_mask", "load", "pieces",
+    "sample_keys", "split", "whole",
 ]  # fmt: skip
 
 SHARES = (0.5, 0.25, 0.25)
@@ -27,6 +27,9 @@ SHARES = (0.5, 0.25, 0.25)
 
 UNPLANNED = (0.75, 0.0, 0.25)
 """The same, where nothing is planned."""
+
+HALVES = (0.0, 0.5, 0.5)
+"""The same, where nothing is fitted."""
 
 FIRST = 32
 """Samples for a first look: a site's largest sigma is that of a token that every sample has."""

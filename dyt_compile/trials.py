@@ -25,7 +25,7 @@ from .shelf import Shelf
 from .sites import Match
 from .survey import Look
 
-__all__ = ["Outcome", "Trials"]
+__all__ = ["DEVIATIONS", "Outcome", "Trials", "tightened"]
 
 DEVIATIONS = 1.64
 """Standard errors by which the report samples must keep the budget at once: 95 %, one-sided."""
@@ -102,7 +102,7 @@ class Trials:
         first = self._outcome(self.plan(candidates, budget))
         if first.measured.keeps(budget, DEVIATIONS):
             return first
-        again = self.plan(candidates, _tightened(budget, first.measured.upper(budget, DEVIATIONS)))
+        again = self.plan(candidates, tightened(budget, first.measured.upper(budget, DEVIATIONS)))
         attempts = first.planned.attempts + again.attempts
         second = self._outcome(again)
         for found in (second, first):
@@ -261,7 +261,7 @@ def _choice(fitted: Calibration, names: Iterable[str]) -> Choice:
     return Choice(done, frozenset(name for name in done if fitted.fits[name].affine))
 
 
-def _tightened(budget: float, upper: float) -> float:
+def tightened(budget: float, upper: float) -> float:
     """The budget to plan for once the report samples reached that far, by as much as they differ.
 
     Nothing where that is infinite or NaN: then only sites without any error are converted.

@@ -185,7 +185,7 @@ def _written(result: Conversion, opset: int | None) -> Graph:
     if opset is None or opset == made.graph.opset:
         return made.graph
     graph = OnnxGraph.from_model(made.graph.name, _portable(result.graph, opset))
-    return quantize(graph, match(graph), made.dtype, made.runtime).graph
+    return quantize(graph, match(graph), made.dtype, made.runtime, made.kept).graph
 
 
 def onnx_graph(graph: Graph, least_opset: int) -> OnnxGraph:

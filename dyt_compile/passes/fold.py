@@ -1,8 +1,8 @@
 """Fold: exact algebra that makes a graph smaller and leaves the function that it computes.
 
 What is computed from parameters alone is computed once. A constant that scales or shifts channels
-goes into the weights that made them, or into the weights of all that read them; so do gamma and
-beta of DyT. Arithmetic is in float64, rounded once to the dtype of the weight.
+goes into the weights that made them, or into the weights of all that read them, until no more can;
+so do gamma and beta of DyT. Arithmetic is in float64, rounded once to the dtype of the weight.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def fold(graph: Graph, found: Match) -> Folded:
     folder = _Folder(graph, _inside(found.sites))
     for value in _computed(graph):
         folder.store(value)
-    for term in graph.terms:
-        folder.fold_term(term)
-    for site in found.sites:
+    while folder.sweep():
+        pass
+    for site in found.sites:  # last: they take no operator away that kept another one
         folder.fold_site(site)
     edits = list(folder.edits())
     made = graph.revise(edits) if edits else graph
@@ -164,7 +164,19 @@ class _Folder:
             self._weights.stored[value.producer] = self._weights.constant(value)
             self.folded.append(Fold(name_of(value), "computed", _names(value.consumers)))
 
-    def fold_term(self, term: Term) -> None:
+    def sweep(self) -> bool:
+        """Fold products and sums with constants, from first to last; whether there was one.
+
+        What stays may go in a later sweep: the scale of gamma x + beta, once the shift is gone.
+        """
+        before = len(self._removed)
+        self.left.clear()
+        for term in self._graph.terms:
+            if term not in self._removed:
+                self._fold_term(term)
+        return len(self._removed) > before
+
+    def _fold_term(self, term: Term) -> None:
         """Fold a product or a sum with a constant into what makes its operand, or what reads it."""
         place = self._affine_place(term)
         if place is None:

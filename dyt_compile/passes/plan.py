@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from ..calibration import Calibration
 from ..metrics import Measurement
 from ..progress import track
 
-__all__ = ["Attempt", "Choice", "Plan", "Step", "frontier_sizes", "in_order", "plan"]
+__all__ = [
+    "Attempt", "Choice", "Plan", "Step", "Tried", "frontier_sizes", "in_order", "largest", "plan",
+]  # fmt: skip
 
 DEVIATIONS = 1.64 * 2**0.5
 """The error plus so many standard errors must keep the budget: 95 % one-sided, for the difference
@@ -55,9 +58,9 @@ class Choice:
 class Step:
     """A site becomes DyT, or an affine map. error: at the output, of that site alone so converted.
 
-    gain: as of `Choice`, once the steps before are taken; 0 for DyT in place of an affine map that
-    was too much. rank: the root of what it adds to the squared error for each unit of gain; errors
-    of several sites add in squares.
+    gain: what it is worth, of a site as of `Choice`, once the steps before are taken; 0 for DyT in
+    place of an affine map that was too much. rank: the root of what it adds to the squared error
+    for each unit of gain; errors of several sites add in squares.
     """
 
     name: str
@@ -65,6 +68,19 @@ class Step:
     error: float
     gain: int
     rank: float
+
+
+class Tried(Protocol):
+    """A choice, of sites or of what else is named, and the error measured with it."""
+
+    @property
+    def choice(self) -> Choice: ...
+
+    @property
+    def measurement(self) -> Measurement: ...
+
+
+Found = TypeVar("Found", bound=Tried)
 
 
 @dataclass(frozen=True)
@@ -111,21 +127,41 @@ def plan(
     sensitivities: sites that can be converted; affine: those that can be an affine map, as of
     `Plan`; attempt: calibrates, rewrites and measures a choice.
     """
-    search = _Search(in_order(sensitivities, affine), attempt, budget)
+    best, log = largest(in_order(sensitivities, affine), attempt, budget)
+    return Plan(best, sensitivities, log, affine)
+
+
+def largest(
+    order: Sequence[Step],
+    attempt: Callable[[Choice], Found],
+    budget: float,
+    spent: float = 0.0,
+) -> tuple[Found | None, tuple[tuple[int, float], ...]]:
+    """The most steps found that keep `budget`, None where none do; and the attempts, as of `Plan`.
+
+    order: those first that are to be preferred; attempt: measures a choice; spent: the error
+    without any step.
+    """
+    search = _Search(order, attempt, budget, spent)
     search.longest_prefix()
     search.stragglers()
-    return Plan(search.best, sensitivities, tuple(search.log), affine)
+    return search.best, tuple(search.log)
 
 
-class _Search:
+class _Search(Generic[Found]):
     def __init__(
-        self, order: Sequence[Step], attempt: Callable[[Choice], Attempt], budget: float
+        self,
+        order: Sequence[Step],
+        attempt: Callable[[Choice], Found],
+        budget: float,
+        spent: float,
     ) -> None:
         self._order = order
         self._attempt = attempt
         self._budget = budget
+        self._spent = spent
         self._left = order
-        self.best: Attempt | None = None
+        self.best: Found | None = None
         self.log: list[tuple[int, float]] = []
 
     def longest_prefix(self) -> None:
@@ -161,7 +197,7 @@ class _Search:
                 failures += 1
 
     def _predicted(self, order: Sequence[Step]) -> int:
-        total, count = 0.0, 0
+        total, count = self._spent**2, 0
         for step in order:
             total += step.gain * step.rank**2
             if not total <= self._budget**2:  # NaN keeps no budget

@@ -7,8 +7,11 @@ channel, symmetrically. Works on ONNX graphs alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
+from types import MappingProxyType
 from typing import Any
 
 from ..bounds import Bound, bounds
@@ -82,25 +85,37 @@ class QuantizedSite:
 
 @dataclass(frozen=True)
 class Unquantized:
-    """A site, and why a product that reads it, or all of them, stayed in float."""
+    """A site, and why a product that reads it, or all of them, stayed in float.
+
+    product: which, as of `Quantization`; None for all that read the site.
+    """
 
     name: str
     reason: str
+    product: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Quantization:
     """What `quantize` returns: the quantised model, and what of it is quantised.
 
-    dtype: "int8" or "fp8"; runtime: who it is for; products: how many are quantised.
+    dtype: "int8" or "fp8"; runtime: who it is for; weights: how many elements the weight has of
+    each product that is quantised; kept: why others that could be were to stay in float. Products
+    are known by the module that they belong to, where the file says that: in every opset the same.
     """
 
     graph: OnnxGraph = field(repr=False)
     dtype: str
     runtime: str
-    products: int
+    weights: Mapping[str, int]
     sites: tuple[QuantizedSite, ...]
     left: tuple[Unquantized, ...]
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def products(self) -> int:
+        """How many products are quantised."""
+        return len(self.weights)
 
     @property
     def model(self) -> Any:
@@ -121,12 +136,19 @@ def check_eight_bits(dtype: Any, runtime: Any) -> None:
         )
 
 
-def quantize(graph: OnnxGraph, found: Match, dtype: str, runtime: str = "any") -> Quantization:
+def quantize(
+    graph: OnnxGraph,
+    found: Match,
+    dtype: str,
+    runtime: str = "any",
+    kept: Mapping[str, str] = MappingProxyType({}),
+) -> Quantization:
     """The graph with every product of a DyT's output and a weight over eight bits.
 
     found: the norms and DyT of `graph`, which itself stays as it is; the weights of other products
-    are shared. Raises OptionError for a dtype or a runtime that is not allowed, and RewriteError
-    where the model's opset has no such type.
+    are shared. kept: products that stay in float all the same, and why, as of `Quantization`.
+    Raises OptionError for a dtype or a runtime that is not allowed, and RewriteError where the
+    model's opset has no such type.
     """
     check_eight_bits(dtype, runtime)
     form, opset = FORMATS[dtype], graph.opset
@@ -134,20 +156,26 @@ def quantize(graph: OnnxGraph, found: Match, dtype: str, runtime: str = "any") -
         raise RewriteError(f"{dtype} needs opset {form.opset}; the model has opset {opset}")
     bounded = bounds(graph.terms, found.sites, graph.constant)
     reads = _reads(bounded)
+    names = _names(reads)
     refused = {
         term: reason
         for term in reads
         if (reason := _refused(term, opset) or RUNTIMES[runtime](term)) is not None
     }
+    if unknown := sorted(set(kept).difference(names.values())):
+        raise RewriteError(f"{unknown[0]!r} is no product that reads a DyT")
+    asked = {t: f"`{name}`, {kept[name]}" for t, name in names.items() if name in kept}
+    refused = asked | refused
     taken = {term: bound for term, bound in reads.items() if term not in refused}
     products = [_product(graph, term, bound) for term, bound in taken.items()]
     return Quantization(
         graph.quantize(products, form, shared=runtime in SHARING),
         dtype,
         runtime,
-        len(products),
-        tuple(_quantized(found.sites, bounded, taken)),
-        tuple(_left(found.sites, bounded, taken, refused)),
+        {names[term]: _elements(term) for term in taken},
+        tuple(_quantized(found.sites, bounded, {names[term]: b for term, b in taken.items()})),
+        tuple(_left(found.sites, bounded, taken, refused, names)),
+        dict(kept),
     )
 
 
@@ -160,6 +188,22 @@ def _reads(bounded: Mapping[Value, Bound]) -> dict[Term, Bound]:
         if term.op in (Op.MATMUL, Op.CONVOLUTION)
     }
     return dict(sorted(found.items(), key=lambda read: read[0].index))
+
+
+def _names(terms: Iterable[Term]) -> dict[Term, str]:
+    """The module that each product belongs to, numbered as sites are where it has several."""
+    counts: Counter[str] = Counter()
+    names = {}
+    for term in terms:
+        name = term.scope or term.output.name
+        counts[name] += 1
+        names[term] = name if counts[name] == 1 else f"{name}#{counts[name]}"
+    return names
+
+
+def _elements(term: Term) -> int:
+    """How many elements the weight of a product has."""
+    return prod(size or 1 for size in term.operands[1].shape or ())
 
 
 def _refused(term: Term, opset: int) -> str | None:
@@ -193,17 +237,12 @@ def _product(graph: OnnxGraph, term: Term, bound: Bound) -> Product:
 
 
 def _quantized(
-    sites: Iterable[NormSite], bounded: Mapping[Value, Bound], taken: Mapping[Term, Bound]
+    sites: Iterable[NormSite], bounded: Mapping[Value, Bound], taken: Mapping[str, Bound]
 ) -> Iterator[QuantizedSite]:
     for site in sites:
-        into = [_name(term) for term, bound in taken.items() if site.name in bound.sites]
+        into = [name for name, bound in taken.items() if site.name in bound.sites]
         if into:
             yield QuantizedSite(site.name, bounded[site.output].largest, tuple(into))
-
-
-def _name(term: Term) -> str:
-    """The module that a product belongs to, where the file says that."""
-    return term.scope or term.output.name
 
 
 def _left(
@@ -211,6 +250,7 @@ def _left(
     bounded: Mapping[Value, Bound],
     taken: Mapping[Term, Bound],
     refused: Mapping[Term, str],
+    names: Mapping[Term, str],
 ) -> Iterator[Unquantized]:
     """What stayed in float: products that a runtime does not have, and sites without any."""
     for site in sites:
@@ -220,7 +260,8 @@ def _left(
             continue
         mine = {value for value, bound in bounded.items() if site.name in bound.sites}
         products = [t for t, reason in refused.items() if mine.intersection(t.operands)]
-        yield from (Unquantized(site.name, f"read by {refused[term]}") for term in products)
+        for term in products:
+            yield Unquantized(site.name, f"read by {refused[term]}", names[term])
         if not products and not any(site.name in bound.sites for bound in taken.values()):
             yield Unquantized(site.name, _without_product(mine))
 

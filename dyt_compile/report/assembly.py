@@ -69,20 +69,28 @@ def assemble(
 
 
 def quantization_report(
-    made: Quantization, own: Measurement | None, total: Measurement | None
+    made: Quantization,
+    own: Measurement | None,
+    total: Measurement | None,
+    alone: Mapping[str, float],
 ) -> QuantizationReport:
-    """own, total: the error against the converted and the original model, None without data."""
+    """own, total: the error against the converted and the original model, None without data.
+
+    alone: that of products that were measured so.
+    """
     return QuantizationReport(
         made.dtype,
         made.runtime,
         made.products,
         tuple((site.name, site.bound, site.into) for site in made.sites),
-        tuple((left.name, left.reason) for left in made.left),
+        tuple((left.name, left.reason, left.product) for left in made.left),
         None if own is None else own.error,
         None if own is None else own.standard_error,
         None if total is None else total.error,
         None if total is None else total.standard_error,
         0 if total is None else total.samples,
+        len(made.kept),
+        dict(alone),
     )
 
 

@@ -84,6 +84,15 @@ REFITS = (
     Column("after", "after", "number", "the same, with the weight that it has now"),
 )
 
+QUANTIZED = (
+    Column("site", "site"),
+    Column("product", "read by"),
+    Column("now", "now", "state", "what the product computes in"),
+    Column("largest", "largest", "number", "no output of the site is larger, whatever the data"),
+    Column("alone", "alone", "number", "error of quantising this product alone, on a few samples"),
+    Column("reason", "why in float"),
+)
+
 REFUSALS = (Column("name", "norm"), Column("kind", "kind"), Column("reason", "why refused"))
 
 
@@ -151,6 +160,7 @@ def _converted(report: Report, exported: OnnxExport | None) -> dict[str, Any]:
         "cards": _cards(report, exported),
         "sites": _site_table(SITES, figures["sites"]),
         "refits": _table(REFITS, figures["refits"]),
+        "quantized": _table(QUANTIZED, _quantized(report.quantized)),
         "refusals": _table(REFUSALS, figures["refusals"]),
         "cost": {"measure": described(report.metric)} | {name: figures[name] for name in cost},
         "recovery": _recovery(report),
@@ -172,6 +182,7 @@ def _found(match: Match) -> dict[str, Any]:
         "cards": [],
         "sites": _site_table(FOUND, figures["sites"]),
         "refits": _table(REFITS, []),
+        "quantized": _table(QUANTIZED, []),
         "refusals": _table(REFUSALS, figures["refusals"]),
         "cost": None,
         "recovery": None,
@@ -268,12 +279,28 @@ def _cards(report: Report, exported: OnnxExport | None) -> list[dict[str, str]]:
 
 def _quantising(told: QuantizationReport) -> tuple[str, str]:
     """What eight bits cost apart from the conversion, and a note on it."""
-    products = f"{told.products} products in {told.dtype}"
+    products = told.told()
     if told.error is None or told.total is None:
         return "not measured", f"{products}; there was no data"
     total = _error(told.total, told.total_standard_error)
     against = "against the converted model; against the original the error is"
     return _error(told.error, told.standard_error), f"{products}, {against} {total}"
+
+
+def _quantized(told: QuantizationReport | None) -> list[dict[str, Any]]:
+    """A row for each product over eight bits, and for each that stayed in float."""
+    if told is None:
+        return []
+    rows: list[dict[str, Any]] = [
+        {"site": site, "product": product, "now": told.dtype, "largest": largest, "reason": None}
+        for site, largest, into in told.sites
+        for product in into
+    ]
+    rows += [
+        {"site": site, "product": product, "now": "float", "largest": None, "reason": reason}
+        for site, reason, product in told.left
+    ]
+    return [row | {"alone": told.alone.get(row["product"])} for row in rows]
 
 
 def _symbols(parameters: Iterable[str]) -> str:

@@ -132,8 +132,10 @@ class QuantizationReport:
     """What computes over eight bits, and what that costs.
 
     dtype: "int8" or "fp8"; runtime: who the file is for; products: how many matrix products and
-    convolutions. sites: name, largest absolute value, and the products that read it; left: name,
-    and why what reads it stayed in float.
+    convolutions; over_budget: how many more the budget leaves in float. sites: name, largest
+    absolute value, and the products that read it; left: name, why what reads it stayed in float,
+    and which product that is, if it could be quantised. alone: the error of quantising one product
+    alone, by its name, measured where some had to be chosen.
     error, standard_error: of the quantised against the converted model, in the report's metric;
     total, total_standard_error: of the quantised against the original one, on `samples` samples.
     Without data there is none of these.
@@ -143,12 +145,22 @@ class QuantizationReport:
     runtime: str
     products: int
     sites: tuple[tuple[str, float, tuple[str, ...]], ...]
-    left: tuple[tuple[str, str], ...]
+    left: tuple[tuple[str, str, str | None], ...]
     error: float | None = None
     standard_error: float | None = None
     total: float | None = None
     total_standard_error: float | None = None
     samples: int = 0
+    over_budget: int = 0
+    alone: Mapping[str, float] = field(default_factory=dict)
+
+    def told(self) -> str:
+        """How many products, in words."""
+        if not self.over_budget:
+            return f"{self.products} products in {self.dtype}"
+        able = self.products + self.over_budget
+        left = f"{self.over_budget} left: the budget"
+        return f"{self.products} of {able} products in {self.dtype}, {left}"
 
 
 @dataclass(frozen=True)

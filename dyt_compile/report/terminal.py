@@ -17,7 +17,7 @@ from rich.text import Text
 from ..metrics import described
 from ..passes.fold import Folded
 from ..sites import Match, NormSite
-from .records import Report
+from .records import QuantizationReport, Report
 
 __all__ = [
     "fold_table", "frontier_table", "match_table", "quantization_line",
@@ -189,13 +189,20 @@ def quantization_table(report: Report) -> RenderableType:
         )
     if told.sites:
         parts.append(table)
-    left = _table("left in float", "reason")
-    for kept in _grouped(told.left, lambda e: (_alike(e[0]), _alike(e[1]))):
-        left.add_row(Text(_joint([e[0] for e in kept])), Text(kept[0][1]))
-    if told.left:
-        parts.append(left)
+    parts += _left_tables(told)
     parts.append(Text(quantization_line(report), style="bold"))
     return Group(*parts)
+
+
+def _left_tables(told: QuantizationReport) -> list[RenderableType]:
+    """What stayed in float, and why; where the budget had to choose, what each costs alone."""
+    more = ("alone",) if told.alone else ()
+    table = _table("left in float", "reason", *more)
+    for left in _grouped(told.left, lambda e: (_alike(e[0]), _alike(e[1]))):
+        alone = [told.alone[name] for *_, name in left if name and name in told.alone]
+        costs = [_span(alone) if alone else "" for _ in more]
+        table.add_row(Text(_joint([name for name, *_ in left])), Text(left[0][1]), *costs)
+    return [table] if told.left else []
 
 
 def quantization_line(report: Report) -> str:
@@ -203,7 +210,7 @@ def quantization_line(report: Report) -> str:
     told = report.quantized
     if told is None:
         return ""
-    count = f"{told.products} products in {told.dtype} (for {told.runtime})"
+    count = f"{told.told()} (for {told.runtime})"
     if told.error is None or told.total is None:
         return f"{count}; without data the error of quantising was not measured"
     return (

@@ -100,6 +100,32 @@ def test_file_computes_what_was_measured(
     assert error < {"int8": 0.015, "fp8": 0.06}[dtype]
 
 
+@pytest.mark.parametrize("opset", [18, 23])
+def test_files_of_other_opsets_have_the_products_that_a_budget_chose(
+    trained: nn.Module, opset: int, tmp_path: Path
+) -> None:
+    whole = quantized(trained, "int8").report.quantized
+    assert whole is not None
+    assert whole.total is not None
+    result = quantized(trained, "int8", budget=whole.total)  # and no room for the uncertainty
+    assert result.quantized is not None
+    assert 0 < result.quantized.products < PRODUCTS
+    path = export_onnx(result, tmp_path / "model.onnx", opset=opset).path
+    x = DATA[0][0].numpy()
+    (found,), (expected,), (float_,) = (
+        Session(model).run([x]) for model in (path, result.quantized.model, whole_model(trained))
+    )
+    size = np.linalg.norm(expected)
+    assert np.linalg.norm(found - expected) / size < 1e-4 < np.linalg.norm(float_ - expected) / size
+
+
+def whole_model(trained: nn.Module) -> Any:
+    """With every product over eight bits."""
+    made = quantized(trained, "int8").quantized
+    assert made is not None
+    return made.model
+
+
 def test_every_product_behind_a_dyt_runs_as_integers(trained: nn.Module, tmp_path: Path) -> None:
     import onnxruntime
 

@@ -427,6 +427,52 @@ def test_any_chain_of_maps_computes_the_same_in_onnx(
         assert difference(after, _listed(model(x))) < TOLERANCE
 
 
+class Affine(nn.Module):
+    """Scales and shifts behind a value that the residual reads too: only the Linear takes them."""
+
+    def __init__(self, steps: str) -> None:
+        super().__init__()
+        self.steps, self.last = steps, nn.Linear(C, C, bias=len(steps) % 2 == 0)
+        self.numbers = nn.ParameterList(torch.rand(C) + 0.5 for _ in steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for step, number in zip(self.steps, self.numbers, strict=True):
+            y = y * number if step == "*" else y / number if step == "/" else y + number
+        return x + self.last(y)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("steps", ["*+", "+*", "*+*+", "*+/+*"])
+def test_a_scale_follows_the_shift_that_was_before_it(
+    steps: str, route: str, tmp_path: Path
+) -> None:
+    """Once from first to last leaves the scales: a scale does not pass a shift that stays."""
+    model, x = Affine(steps).eval(), torch.randn(TOKENS)
+    with torch.no_grad():
+        result, after = folded(model, x, route, tmp_path)
+        assert difference(after, [model(x)]) < TOLERANCE
+    assert result.left == ()
+    assert len(result.folded) == len(steps)
+    if route == "torch":
+        made = [node.target for node in result.model.graph.nodes if node.op == "call_function"]
+        assert made == [torch.ops.aten.linear.default, torch.ops.aten.add.Tensor]
+    else:  # the second sum is the bias of the product
+        made = [node.op_type for node in result.model.graph]
+        assert sorted(set(made) - {"Transpose"}) == ["Add", "MatMul"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text("*+/", max_size=7))
+def test_any_chain_of_scales_and_shifts_goes_whole(steps: str) -> None:
+    torch.manual_seed(0)
+    model, x = Affine(steps).eval(), torch.randn(TOKENS)
+    with torch.no_grad():
+        result = dyt_compile.fold(model, (x,))
+        assert difference([result.model(x)], [model(x)]) < TOLERANCE
+    assert (len(result.folded), result.left) == (len(steps), ())
+
+
 def test_what_stays_says_why() -> None:
     result = dyt_compile.fold(Fixup(3).eval(), (torch.randn(IMAGE),))
     left = {entry.name: entry.reason for entry in result.left}

@@ -21,6 +21,7 @@ from dyt_compile.passes.plan import (
     Plan,
     frontier_sizes,
     in_order,
+    largest,
     plan,
 )
 
@@ -83,6 +84,19 @@ def test_plan_of_additive_errors_takes_the_largest_set(errors: list[float], budg
     assert len(attempts.asked) <= _bound(len(errors))
     if planned.chosen is not None:
         assert _chosen_error(planned) <= budget
+
+
+@pytest.mark.parametrize(("spent", "expected"), [(0.0, 25), (0.3, 16), (0.5, 1)])
+def test_search_begins_where_the_error_that_was_there_before_puts_it(
+    spent: float, expected: int
+) -> None:
+    alone = _named([0.1] * 30)
+    attempts = Attempts(lambda names: math.hypot(spent, 0.1 * len(names) ** 0.5))
+    best, log = largest(in_order(alone), attempts, 0.501, spent)
+    assert len(attempts.asked[0]) == expected
+    assert best is not None or spent == 0.5
+    assert len(log) <= _bound(30)
+    assert best is None or len(best.names) == expected
 
 
 @settings(deadline=None, max_examples=300)

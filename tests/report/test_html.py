@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 import dyt_compile
 from dyt_compile import DytCompileError, write_report
@@ -243,7 +243,15 @@ def test_terminal_tells_how_the_model_recovered() -> None:
 
 EIGHT_BITS = QuantizationReport(
     "int8", "any", 3, (("a.norm", 1.0, ("a", "b")), ("b.norm", 2.5, ("c",))),
-    (("c.norm", "its norm stays"), ("d.norm", "its norm stays")), 0.004, 0.0002, 0.06, 0.003, 16,
+    (("c.norm", "its norm stays", None), ("d.norm", "its norm stays", None)), 0.004, 0.0002, 0.06,
+    0.003, 16,
+)  # fmt: skip
+CHOSEN = replace(
+    EIGHT_BITS, over_budget=2, alone={"a": 0.001, "b": 0.002, "c": 0.003, "e0": 0.02, "e1": 0.03},
+    left=(
+        *EIGHT_BITS.left, ("e.0.norm", "read by `e0`, left: the budget", "e0"),
+        ("e.1.norm", "read by `e1`, left: the budget", "e1"),
+    ),
 )  # fmt: skip
 
 
@@ -255,12 +263,37 @@ def test_page_and_terminal_tell_the_error_of_quantising_apart() -> None:
     assert cards["Error of quantising"]["value"].startswith("0.0040")
     assert "3 products in int8" in cards["Error of quantising"]["note"]
     assert "0.060" in cards["Error of quantising"]["note"]
-    console = Console(width=100, file=io.StringIO())
-    console.print(quantization_table(report))
-    told = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    told = _printed(quantization_table(report))
     assert "of quantising 0.004 ± 0.0002, with converting 0.06 ± 0.003, on 16 samples" in told
     assert "its norm stays" in told
     assert "2.5" in told
+
+
+def test_page_and_terminal_list_what_is_over_eight_bits_and_what_stayed_in_float() -> None:
+    report = replace(converted(NAMES).report, quantized=CHOSEN)
+    data = _data(page(report))
+    rows = [tuple(row.values()) for row in data["quantized"]["rows"]]
+    assert rows == [
+        ("a.norm", "a", "int8", 1.0, None, 0.001), ("a.norm", "b", "int8", 1.0, None, 0.002),
+        ("b.norm", "c", "int8", 2.5, None, 0.003),
+        ("c.norm", None, "float", None, "its norm stays", None),
+        ("d.norm", None, "float", None, "its norm stays", None),
+        ("e.0.norm", "e0", "float", None, "read by `e0`, left: the budget", 0.02),
+        ("e.1.norm", "e1", "float", None, "read by `e1`, left: the budget", 0.03),
+    ]  # fmt: skip
+    card = next(card for card in data["cards"] if card["label"] == "Error of quantising")
+    assert card["note"].startswith("3 of 5 products in int8, 2 left: the budget")
+    told = _printed(quantization_table(report))
+    assert "e.{0..1}.norm ×2 read by `e0`, left: the budget 0.02 to 0.03" in told
+    assert "3 of 5 products in int8, 2 left: the budget (for any)" in told
+    assert json.loads(report.to_json())["quantized"]["alone"]["e1"] == 0.03
+    assert _data(page(converted(NAMES).report))["quantized"]["rows"] == []
+
+
+def _printed(shown: RenderableType) -> str:
+    console = Console(width=100, file=io.StringIO())
+    console.print(shown)
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 def test_eight_bits_without_data_are_told_as_not_measured() -> None:

@@ -21,6 +21,7 @@ function build() {
   const table = new Table(byId("site-table"), data.sites, wanted, siteCell);
   for (const [id, rows] of [
     ["refit-table", data.refits],
+    ["quantized-table", data.quantized],
     ["refusal-table", data.refusals],
   ])
     new Table(
@@ -42,6 +43,7 @@ function build() {
   byId("against").addEventListener("change", drawCost);
   byId("curves").hidden = !data.scatters.some(Boolean);
   byId("refits").hidden = !data.refits.rows.length;
+  byId("quantized").hidden = !data.quantized.rows.length;
   byId("refusals").hidden = !data.refusals.rows.length;
   byId("sites").hidden = !sites.length;
   byId("state").hidden = !sites.some((site) => site.now);
