@@ -6,7 +6,6 @@ through them, so Inductor fuses them with their neighbours, while an exported gr
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from .dyt import ALPHA, DOMAIN, FORMS, Form
 from .errors import OptionError
+from .tracing import within_inductor
 
 __all__ = ["SQUASHES", "DynamicTanh", "decompositions", "operator", "parameter"]
 
@@ -25,21 +25,9 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _within_inductor() -> bool:
-    """Whether Inductor traces what runs now: its own state says so, once it is imported.
-
-    Not where `torch.func` transforms it, which knows the operators of torch alone.
-    """
-    virtualized = sys.modules.get("torch._inductor.virtualized")
-    if virtualized is None or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    state = virtualized.V
-    return state.aot_compilation or not isinstance(state.fake_mode, virtualized.NullHandler)
-
-
 def _tanh(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """tanh; within Inductor in a faster form that is exact enough for `dtype`."""
-    if not _within_inductor():
+    if not within_inductor():
         return torch.tanh(z)
     from . import inductor
 
@@ -48,7 +36,7 @@ def _tanh(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _wide_parameter(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """gamma or beta in the dtype that DyT computes in."""
-    if not _within_inductor():
+    if not within_inductor():
         return _wide(value)
     from . import inductor
 
