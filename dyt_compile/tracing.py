@@ -38,7 +38,7 @@ def unobserved(z: torch.Tensor) -> bool:
         type(z) is torch.Tensor  # neither a fake nor a functional one
         and not z.requires_grad
         and z.layout is torch.strided
-        and not torch.jit.is_tracing()
+        and _script() is None
         and not _transformed()
         and not _modes()
         and forward_ad.unpack_dual(z).tangent is None
@@ -60,6 +60,9 @@ def _private(path: str, otherwise: Any) -> Callable[[], Any]:
 
 _transform = _private("_functorch.peek_interpreter_stack", otherwise="unknown")
 """The innermost of the running transforms of `torch.func`, or None."""
+
+_script = _private("_get_tracing_state", otherwise="unknown")
+"""What `torch.jit.trace` records, or None."""
 
 _modes = _private("_len_torch_dispatch_stack", otherwise=1)
 """How many modes see the operators that run."""

@@ -44,6 +44,7 @@ def test_missing_function_of_torch_counts_as_an_observer(monkeypatch: pytest.Mon
     assert tracing.unobserved(x)
     for name, path, otherwise in (
         ("_transform", "_functorch.peek_interpreter_stack_", "unknown"),
+        ("_script", "_get_tracing_state_", "unknown"),
         ("_modes", "_len_torch_dispatch_stack_", 1),
     ):
         with monkeypatch.context() as patch:
