@@ -116,6 +116,53 @@ def test_operator_runs_on_meta_tensors() -> None:
     assert dyt_nn.operator(FORMS["DyTBare"])(x, torch.empty(1, device="meta")).shape == x.shape
 
 
+def _ulps(y: torch.Tensor, x: torch.Tensor) -> float:
+    """The greatest error of y as tanh(x), in units in the last place."""
+    t = np.tanh(x.numpy().astype(np.float64))
+    unit = np.spacing(np.abs(t).astype(np.float32)).astype(np.float64)
+    return float((np.abs(y.numpy() - t) / unit).max())
+
+
+def _bare(x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = dyt_nn.operator(FORMS["DyTBare"])(x, torch.ones(1))
+    return y
+
+
+def test_eager_tanh_is_within_two_units_in_the_last_place() -> None:
+    bits = torch.arange(0, 0x7F800001, 2003, dtype=torch.int32)
+    x = bits.view(torch.float32)
+    before = x.clone()
+    for sign in (1, -1):
+        assert _ulps(_bare(sign * x), sign * x) < 2
+    assert torch.equal(x, before)
+    assert _ulps(torch.tanh(x) * (1 + 2**-21), x) > 2
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
+    torch.testing.assert_close(_bare(special), torch.tanh(special), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.signbit(_bare(special[:2])), torch.tensor([False, True]))
+
+
+def test_eager_tanh_is_that_of_torch_where_it_is_faster_or_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.linspace(-3, 3, dyt_nn.FASTER * dyt_nn.GRAIN + 1)
+    assert not torch.equal(_bare(x), torch.tanh(x))
+    assert torch.equal(_bare(x.clone().requires_grad_()), torch.tanh(x))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: dyt_nn.FASTER + 1)
+    assert torch.equal(_bare(x), torch.tanh(x))
+    assert not torch.equal(_bare(x[1:]), torch.tanh(x[1:]))
+
+
+def test_operator_is_differentiated_forwards_too() -> None:
+    x, alpha = torch.linspace(-2, 2, 9), torch.tensor([0.7])
+    bare = dyt_nn.operator(FORMS["DyTBare"])
+    _, tangent = torch.func.jvp(lambda x: bare(x, alpha), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, alpha * (1 - torch.tanh(alpha * x) ** 2))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        _, found = torch.autograd.forward_ad.unpack_dual(bare(dual, alpha))
+    torch.testing.assert_close(found, tangent)
+
+
 def test_parameter_is_a_copy() -> None:
     value = GAMMA.copy()
     made = dyt_nn.parameter(value, "gamma", torch.float32, torch.device("cpu"))

