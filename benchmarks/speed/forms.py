@@ -175,10 +175,10 @@ def _replace_dyt(model: nn.Module, make: Callable[[DynamicTanh], nn.Module]) -> 
 
 
 class _Affine(nn.Module):
-    """gamma (x + beta): `fold` goes from first to last, and a scale does not pass a shift.
+    """gamma x + beta; a site has a beta even where the norm had none.
 
-    A site has a beta even where the norm had none. Gamma is halved: nothing bounds such a model,
-    and with random weights it grew from block to block until rounding alone changed its output.
+    Gamma is halved: nothing bounds such a model, and with random weights it grew from block to
+    block until rounding alone changed its output.
     """
 
     def __init__(self, dyt: DynamicTanh) -> None:
@@ -189,7 +189,7 @@ class _Affine(nn.Module):
         self.beta = nn.Parameter(noise, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.beta) * self.gamma
+        return x * self.gamma + self.beta
 
 
 ORIGINAL = "original norms"

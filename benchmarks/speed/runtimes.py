@@ -66,6 +66,7 @@ def eager(module: nn.Module, args: tuple[Tensor, ...], threads: int) -> Run:
 def inductor(module: nn.Module, args: tuple[Tensor, ...], threads: int) -> Run:
     """The whole module as one graph, in torch.compile's default mode."""
     compiled = torch.compile(module, fullgraph=True, dynamic=False)
+    compiled(*args)  # compiles, in processes of its own
     return lambda: compiled(*args)
 
 

@@ -40,8 +40,8 @@ MODELS = """\
 - **DyT as four operators**: multiply, tanh, multiply, add, as a model spells it.
 - **Folded DyT**: `convert(fold=True)`, γ and β in the weights behind it. BERT's residual reads
   every norm, too: there they stay.
-- **Affine, folded**: γ·(x + β) in place of every norm, folded in the same way. What is left of it
-  is a bias in each layer of the LLaMA, which had none, and all of it in BERT.
+- **Affine, folded**: γ·x + β in place of every norm, folded in the same way. What is left of it is
+  a bias in each layer of the LLaMA, which had none, and all of it in BERT.
 - **Bounded INT8**: `convert(quantize="int8")`: the layers that read a DyT, Q/DQ, weights
   per channel, scales that need no data; written for each runtime.
 - **No norm**: nothing in place of the norms, the limit.
