@@ -123,9 +123,15 @@ def folded(model: Model) -> Made:
 
 def affine(model: Model) -> Made:
     """Every site an affine map, folded into the weights behind it where those can take it."""
-    args, changed = model.example(), _with_dyt(model)
+    args = model.example()
+    return converted(dyt_compile.convert(with_affine(model), example=(args, {}), fold=True), args)
+
+
+def with_affine(model: Model) -> nn.Module:
+    """The original with an affine map in place of every norm, spelled out."""
+    changed = _with_dyt(model)
     _replace_dyt(changed, _Affine)
-    return converted(dyt_compile.convert(changed, example=(args, {}), fold=True), args)
+    return changed
 
 
 def bounded_int8(model: Model) -> Made:
