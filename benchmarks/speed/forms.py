@@ -32,6 +32,8 @@ __all__ = [
     "Made",
     "Model",
     "Site",
+    "normal",
+    "with_affine",
 ]
 
 OPSET = 20
