@@ -11,9 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .changes import Change
 from .channels import Array, Kind, Stop, Uptake, Weights, against_weight, carried, narrowed
 from .dyt import DytParameters, Mix
-from .producers import Change, changes
+from .producers import changes
 from .sites import NormSite
 from .terms import Value
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .changes import Change
 from .channels import (
     Array,
     Kind,
@@ -22,29 +23,7 @@ from .constants import is_fixed, is_quantised, readers
 from .terms import Op, Term, Value
 from .views import viewed
 
-__all__ = ["Change", "changes", "holds_bias", "pulled"]
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """A constant operand of a term, multiplied by or added to; place 2 of a product: its bias.
-
-    axis: of the operand, along which a matrix [old, new] is multiplied.
-    """
-
-    term: Term
-    place: int
-    kind: Kind
-    array: Array
-    axis: int = 0
-
-    def applied(self, operand: Array) -> Array:
-        """The operand after the change."""
-        if self.kind is Kind.SCALE:
-            return operand * self.array
-        if self.kind is Kind.SHIFT:
-            return operand + self.array
-        return np.moveaxis(np.tensordot(self.array, operand, (1, self.axis)), 0, self.axis)
+__all__ = ["changes", "holds_bias", "pulled"]
 
 
 def holds_bias(term: Term) -> bool:

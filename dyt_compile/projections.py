@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .changes import Change
 from .channels import Kind, takes_value
 from .constants import is_fixed, is_quantised, readers
 from .dyt import Mix
 from .graphs.base import Graph
 from .graphs.cuts import place, read_between
 from .mixing import obstacle
-from .producers import Change, holds_bias
+from .producers import holds_bias
 from .revision import name_of
 from .sites import NormSite
 from .terms import Op, Term, Value

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from .changes import Change, after, in_parts
 from .channels import Array, Uptake, product
 from .constants import leaves
 from .dyt import Form
-from .errors import RewriteError
 from .graphs.base import Edit, Graph, Stored
-from .producers import Change, holds_bias
+from .producers import holds_bias
 from .terms import Op, Term, Value
 
 __all__ = ["Revision", "name_of"]
@@ -31,25 +31,31 @@ class Revision:
 
     def value(self, term: Term, place: int) -> Array:
         """A constant operand after the changes, in float64; an absent bias is 0."""
-        operand = term.inputs[place]
-        array = self.constant(operand) if isinstance(operand, Value) else np.asarray(operand or 0.0)
-        for change in self._changes.get((term, place), ()):
-            array = change.applied(array)
-        return np.asarray(array, np.float64)
+        operand, changes = term.inputs[place], self._changes.get((term, place), ())
+        if isinstance(operand, Value):
+            return after(self._given(operand), changes)
+        return after(np.asarray(operand or 0.0), changes)
 
     def product(self, uptake: Uptake) -> Array:
-        """What a weight makes of a summand."""
-        return product(uptake, self.value(uptake.term, 1 - uptake.place))
+        """What a weight makes of a summand: of a matrix, for a few output channels at a time.
+
+        Raises RewriteError where its weights are not loaded.
+        """
+        term, place = uptake.term, 1 - uptake.place
+        weight, changes = term.inputs[place], self._changes.get((term, place), ())
+        if not isinstance(weight, Value) or term.op is not Op.MATMUL:
+            return product(uptake, self.value(term, place))
+        first = bool(term.attributes["transposed"]) == (uptake.place == 0)
+        parts = in_parts(self._given(weight), changes, -2 if first else -1)
+        made = [product(uptake, part) for _, part in parts]
+        return made[0] if len(made) == 1 else np.concatenate(made, -1 - uptake.place)
 
     def constant(self, value: Value) -> Array:
         """A constant in float64; raises RewriteError where its weights are not loaded."""
-        producer = value.producer
-        if producer is not None and producer in self.stored:
-            return self.stored[producer]
-        array = self._graph.constant(value)
-        if array is None:
-            raise RewriteError(f"{value.name!r}: its weights are not loaded (meta tensors)")
-        return array.astype(np.float64)
+        return after(self._given(value), ())
+
+    def _given(self, value: Value) -> Array:
+        return self.kept(value).given(self._graph.constant)
 
     def add(self, made: Iterable[Change]) -> None:
         """Make changes after those made before."""
@@ -72,20 +78,25 @@ class Revision:
         for place in range(len(term.inputs)):
             if (term, place) not in self._changes:
                 continue
-            operand, array = term.inputs[place], self.value(term, place)
+            operand = term.inputs[place]
+            if isinstance(operand, Value):
+                operands[place] = self.kept(operand, self._changes[term, place])
+                continue
+            array = self.value(term, place)
             if operand is None and not array.any():
                 continue  # a bias that is not there, scaled
-            if isinstance(operand, Value):
-                operands[place] = self.kept(operand, array)
-            elif holds_bias(term):
+            if holds_bias(term):
                 operands[place] = _bias(term, np.broadcast_to(array, _bias_shape(term)))
             else:
                 added = _bias(term, array)
         return Edit(term, operands, added, form=form)
 
-    def kept(self, old: Value, array: Array) -> Stored:
-        """An array in the place of a constant."""
-        return Stored(name_of(old), array, old.dtype or "float32")
+    def kept(self, old: Value, changes: Iterable[Change] = ()) -> Stored:
+        """What comes in the place of a constant: itself, after changes."""
+        producer = old.producer
+        computed = None if producer is None else self.stored.get(producer)
+        base = old if computed is None else computed
+        return Stored(name_of(old), base, old.dtype or "float32", tuple(changes))
 
 
 def name_of(value: Value) -> str:

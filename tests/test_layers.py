@@ -26,6 +26,7 @@ LAYERS = (
         "proof",
         "bounds",
         "calibration",
+        "changes",
         "channels",
         "constants",
         "producers",

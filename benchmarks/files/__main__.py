@@ -43,6 +43,9 @@ TIMED = ("vit-b-dyt", "vit-b")
 MATCHED = ("vit-b-14", "vit-b-hand", "llama-1b")
 REMEMBERED = ("vit-b-dyt", "vit-b-14", "vit-b-hand", "llama-1b", "llama-1b-dyt")
 LARGE = ("llama-7b", "llama-7b-dyt")
+COMMANDS = ("inspect", "convert --mode exact --no-fold", "verify", "convert --mode exact")
+"""Of a large file, in this order: `verify` compares what the command before it wrote."""
+
 LIMIT_SECONDS = 1800
 MATCHERS = {"ours": match_ours, "onnxscript": match_theirs}
 
@@ -104,7 +107,8 @@ def measure_files(folder: Path, rounds: int) -> dict[str, Any]:
     for name in TIMED:
         source, target = file_of(name, folder), folder / name / "out.onnx"
         runs: dict[str, Callable[[], Mapping[str, Seconds]]] = {
-            "convert": lambda s=source, t=target: _converted(s, t),  # type: ignore[misc]
+            way: lambda s=source, t=target, w=way: _converted(s, t, w)  # type: ignore[misc]
+            for way in ("convert", "unfolded")
         }
         for peer in ("floor", "onnxruntime", "onnxslim", "onnxscript"):
             if PEERS[peer].is_here:
@@ -122,17 +126,17 @@ def measure_files(folder: Path, rounds: int) -> dict[str, Any]:
     return found
 
 
-def _converted(source: Path, target: Path) -> dict[str, Seconds]:
+def _converted(source: Path, target: Path, way: str) -> dict[str, Seconds]:
     """Seconds of converting and writing, and with comparing what was written."""
     start = now()
-    result = dyt_compile.convert(source, mode="exact", fold=False)
+    result = dyt_compile.convert(source, mode="exact", fold=way == "convert")
     converted = now()
     written = dyt_compile.export_onnx(result, target, check="structure")
     (cpu, wall), (cpu_export, wall_export) = since(start), since(converted)
     share = written.seconds["check"] / sum(written.seconds.values())
     return {
-        "convert": (cpu - share * cpu_export, wall - share * wall_export),
-        "convert and compare": (cpu, wall),
+        way: (cpu - share * cpu_export, wall - share * wall_export),
+        f"{way} and compare": (cpu, wall),
     }
 
 
@@ -187,23 +191,22 @@ def measure_large(folder: Path) -> dict[str, Any]:
         target = source.with_name("out.onnx")
         size = source.with_name(f"{source.name}.data").stat().st_size
         found[name] = {"what": SUBJECTS[name].what, "weight_bytes": size, "commands": {}}
-        commands = {
-            "inspect": ["inspect", str(source)],
-            "convert --mode exact --no-fold": [
-                "convert",
-                str(source),
-                "--mode",
-                "exact",
-                "--no-fold",
-                "-o",
-                str(target),
-            ],
-            "verify": ["verify", str(source), str(target)],
-        }
-        for told, arguments in commands.items():
-            found[name]["commands"][told] = _apart(["command", *arguments])
-            print(name, told, found[name]["commands"][told], flush=True)
+        for told in COMMANDS:
+            verb, *options = told.split()
+            files = {"inspect": [], "verify": [str(target)], "convert": ["-o", str(target)]}
+            measured = _apart(["command", verb, str(source), *options, *files[verb]])
+            if verb == "convert" and "failed" not in measured:
+                measured["written_bytes"] = sum(p.stat().st_size for p in _written(target))
+            found[name]["commands"][told] = measured
+            print(name, told, measured, flush=True)
+        for path in _written(target):
+            path.unlink()
     return found
+
+
+def _written(target: Path) -> list[Path]:
+    """A file and its data."""
+    return list(target.parent.glob(f"{target.name}*"))
 
 
 def _apart(arguments: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -49,8 +50,8 @@ def _inspect(source: Path, target: Path) -> int:
     return len(dyt_compile.inspect(source).sites)
 
 
-def _convert(source: Path, target: Path) -> int:
-    result = dyt_compile.convert(source, mode="exact", fold=False)
+def _convert(source: Path, target: Path, *, fold: bool = True) -> int:
+    result = dyt_compile.convert(source, mode="exact", fold=fold)
     dyt_compile.export_onnx(result, target, check="structure")
     return len(result.match.sites)
 
@@ -101,6 +102,7 @@ PEERS = {
     for peer in (
         Peer("inspect", "dyt_compile", _inspect),
         Peer("convert", "dyt_compile", _convert),
+        Peer("unfolded", "dyt_compile", partial(_convert, fold=False)),
         Peer("floor", "onnx_ir", _floor),
         Peer("onnxscript", "onnxscript", _onnxscript),
         Peer("onnxslim", "onnxslim", _onnxslim),

@@ -23,8 +23,10 @@ Other work ran on the machine, so a ratio is given of seconds of CPU, and of wal
 
 WAYS = {
     "inspect": "`inspect`",
-    "convert": "`convert --mode exact --no-fold`, file to file",
+    "convert": "`convert --mode exact`, file to file",
     "convert and compare": "the same, and the written file compared with its source",
+    "unfolded": "`convert --mode exact --no-fold`, file to file",
+    "unfolded and compare": "the same, and the written file compared with its source",
     "floor": "onnx_ir, load and save (the floor)",
     "onnxscript": "onnxscript's rules for LayerNorm and RMSNorm",
     "onnxslim": "onnxslim",
@@ -57,9 +59,10 @@ as such afterwards. The LLaMA files have 2.5 GB of weights beside them.
 LARGE = """\
 ## A model of 13.5 GB
 
-The commands, each as a process of its own, on files of LLaMA-7B's shape from torch's exporter. No
-weight is loaded: the new file refers to the same data, and `verify` without data compares node by
-node. (The weights are holes in a sparse file; what is not read may as well be zeros.)
+The commands, each as a process of its own, on files of LLaMA-7B's shape from torch's exporter. The
+new file refers to the same data, and `verify` without data compares node by node. Folding DyT reads
+the weights that take up γ and β, one at a time, and writes them beside the new file; the others
+stay where they are. (Weights are holes in a sparse file: to read them takes no disk.)
 """
 
 
@@ -117,11 +120,12 @@ def _memory(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _large(found: Mapping[str, Any]) -> Iterator[str]:
     rows = [
-        (subject["what"], f"`{command}`", *_measured(taken)[:2], _wall(taken))
+        (subject["what"], f"`{command}`", *_measured(taken)[:2], _wall(taken), *_output(taken))
         for subject in found.values()
         for command, taken in subject["commands"].items()
     ]
-    yield _table(("", "", "seconds of CPU", "peak memory", "seconds"), rows)
+    heads = ("", "", "seconds of CPU", "peak memory", "seconds", "written", "a second")
+    yield _table(heads, rows)
 
 
 def _measured(taken: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -133,6 +137,16 @@ def _measured(taken: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _wall(taken: Mapping[str, Any]) -> str:
     return f"{taken['seconds']:.1f}" if "seconds" in taken else ""
+
+
+def _output(taken: Mapping[str, Any]) -> tuple[str, str]:
+    """Bytes written, and of many how many a second, from the start of the command to its end."""
+    size = taken.get("written_bytes")
+    if size is None:
+        return "", ""
+    if size < 1e9:
+        return f"{size / 1e6:.1f} MB", ""
+    return f"{size / 1e9:.2f} GB", f"{size / taken['seconds'] / 1e6:.0f} MB"
 
 
 def _ratio(ratio: Mapping[str, Mapping[str, float]]) -> str:

@@ -8,6 +8,7 @@ from ..compiler import Conversion
 from ..errors import OptionError
 from ..exporters.onnx import OnnxExport, export_onnx
 from ..exporters.torch_files import SUFFIXES, export_torch
+from ..graphs.onnx_weights import LONG_BYTES
 
 __all__ = ["check_out", "write_model"]
 
@@ -48,8 +49,11 @@ def write_model(
 def _told(exported: OnnxExport) -> str:
     """What was written, and what of it was checked, and what not."""
     linked = f" and {exported.linked_bytes / 1e6:.1f} MB linked in {', '.join(exported.linked)}"
+    size = f"{exported.bytes / 1e6:.1f} MB"
+    if exported.bytes >= LONG_BYTES:
+        size += f" at {exported.bytes / exported.seconds['write'] / 1e6:.0f} MB/s"
     parts = [
-        f"wrote {exported.path}: {exported.bytes / 1e6:.1f} MB{linked if exported.linked else ''}",
+        f"wrote {exported.path}: {size}{linked if exported.linked else ''}",
         f"opset {exported.opset}",
         exported.dtype,
         f"not run: {exported.not_run}"

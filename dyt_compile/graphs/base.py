@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import ml_dtypes
+import numpy as np
 import numpy.typing as npt
 
+from ..changes import Change, in_parts, is_brief
 from ..dyt import DytParameters, Form
+from ..errors import RewriteError
 from ..sites import NormSite
 from ..terms import Term, Value
 
-__all__ = ["Batch", "Edit", "Graph", "Segment", "Stored"]
+__all__ = ["Batch", "Edit", "Graph", "Segment", "Stored", "numpy_dtype"]
 
 Array = npt.NDArray[Any]
 Batch = Mapping[str, Any]
@@ -21,11 +25,61 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A constant to keep: under `name`, or one like it that is free; rounded to `dtype` once."""
+    """A constant to keep: under `name`, or one like it that is free; rounded to `dtype` once.
+
+    base: what it is made of, a constant of the graph or numbers; changes: made to that, in order,
+    when somebody asks for the result.
+    """
 
     name: str
-    array: Array
+    base: Value | Array
     dtype: str
+    changes: tuple[Change, ...] = ()
+
+    def given(self, constant: Callable[[Value], Array | None]) -> Array:
+        """The numbers of the base. Raises RewriteError where its weights are not loaded."""
+        if not isinstance(self.base, Value):
+            return self.base
+        array = constant(self.base)
+        if array is None:
+            raise RewriteError(f"{self.base.name!r}: its weights are not loaded (meta tensors)")
+        return array
+
+    def parts(self, given: Array) -> Iterator[Array]:
+        """Its numbers in float64, made of those of the base, in parts along the first axis.
+
+        Raises RewriteError where numbers that were finite are so no longer in `dtype`.
+        """
+        for before, now in in_parts(given, self.changes):
+            _check_range(self, before, now)
+            yield now
+
+    def is_brief(self) -> bool:
+        """Whether it takes less to say how it is made than to hold it."""
+        shape = None if not isinstance(self.base, Value) else self.base.shape
+        if shape is None:
+            return False
+        return is_brief(tuple(size or 0 for size in shape), self.changes)
+
+
+def numpy_dtype(name: str | None) -> np.dtype[Any]:
+    """The dtype of a name, bfloat16 too; float32 where there is none."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name or "float32")
+
+
+def _check_range(stored: Stored, before: Array, now: Array) -> None:
+    dtype = numpy_dtype(stored.dtype)
+    largest = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    if not now.size or (now.max() <= largest and now.min() >= -largest):
+        return
+    with np.errstate(over="ignore"):
+        outside = int((~np.isfinite(now.astype(dtype))).sum())
+    if outside and np.isfinite(before).all():
+        raise RewriteError(
+            f"{stored.name!r}: {outside} numbers would leave the range of {stored.dtype}, up to "
+            f"{largest:g}, by what is folded into them; allowed: a model in a wider type, or no "
+            "folding (fold=False, --no-fold)"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -177,7 +177,12 @@ class FxGraph:
         for node, path in targets(used, attributes).items():
             node.target = path
             dtype = getattr(torch, used[node].dtype)
-            tensor = as_tensor(used[node].array).to(self._device(), dtype, copy=True)
+            given = used[node].given(self.constant)
+            parts = [
+                as_tensor(part).to(self._device(), dtype, copy=True)
+                for part in used[node].parts(given)
+            ]
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
             attributes[path] = torch.nn.Parameter(tensor, requires_grad=dtype.is_floating_point)
         for site, values, call in calls:
             if call is not None:

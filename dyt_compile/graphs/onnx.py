@@ -8,7 +8,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -21,9 +20,10 @@ from ..runtime import Session
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
-from .base import Batch, Edit, Stored
+from .base import Batch, Edit, Stored, numpy_dtype
 from .onnx_constants import held, is_parameter, scalar, stored
-from .onnx_edits import make_edits, rounded
+from .onnx_derived import kept
+from .onnx_edits import make_edits
 from .onnx_files import load, settle
 from .onnx_precision import Names
 from .onnx_prepare import OLDEST_OPSET, check_inputs, prepare, restore
@@ -61,7 +61,7 @@ class OnnxGraph:
     def from_file(cls, path: Path, provider: str = "cpu", folder: Path | None = None) -> OnnxGraph:
         """The graph of an `.onnx` file; its weights stay in their files until needed.
 
-        folder: where its external data lies, by default beside it.
+        folder: where external data lies that is not beside it.
         """
         model = load(path, folder)
         check_inputs(model)
@@ -122,7 +122,7 @@ class OnnxGraph:
                 size if isinstance(size, int) else lengths.setdefault(str(size), 2 + len(lengths))
                 for size in value.native.shape
             ]
-            dtype = _numpy_dtype(value.dtype)
+            dtype = numpy_dtype(value.dtype)
             floating = "float" in value.dtype
             values = random.normal(size=shape) if floating else random.integers(0, 2, shape)
             batch[name] = np.asarray(values).astype(dtype)
@@ -162,7 +162,7 @@ class OnnxGraph:
 
     def from_array(self, array: Array, like: Value) -> Array:
         """The array in the dtype of `like`."""
-        return array.astype(_numpy_dtype(like.dtype), copy=False)
+        return array.astype(numpy_dtype(like.dtype), copy=False)
 
     def replace(
         self, replacements: Iterable[tuple[NormSite, DytParameters]], edits: Iterable[Edit] = ()
@@ -172,7 +172,7 @@ class OnnxGraph:
         names = Names(model)
 
         def hold(stored: Stored) -> ir.Value:
-            return _initializer(model.graph, names, ir.tensor(rounded(stored), name=stored.name))
+            return _initializer(model.graph, names, kept(stored, self.constant))
 
         make_edits(model.graph, copies, edits, hold)
         for site, parameters in replacements:
@@ -334,7 +334,7 @@ def _put(
 def _initializer(graph: ir.Graph, names: Names, tensor: ir.TensorProtocol) -> ir.Value:
     name = names.free(str(tensor.name))
     value = ir.Value(
-        name=name, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype),
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )  # fmt: skip
     graph.register_initializer(value)
@@ -390,7 +390,3 @@ def _seen(value: ir.Value, *, constant: bool = False) -> Value:
 def _name(dtype: ir.DataType) -> str:
     """NumPy's name of a dtype, which NumPy makes anew each time."""
     return str(dtype.numpy().name)
-
-
-def _numpy_dtype(name: str | None) -> np.dtype[Any]:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name or "float32")

@@ -7,20 +7,25 @@ torch had an integer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from .onnx_files import numbers
+
 __all__ = [
     "LARGEST",
+    "Source",
     "held",
     "integers",
     "is_parameter",
     "known",
     "known_shape",
     "scalar",
+    "source",
     "stored",
 ]
 
@@ -56,25 +61,46 @@ def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None if tensor is None or tensor.dtype is ir.DataType.STRING else tensor
 
 
-def held(value: ir.Value) -> npt.NDArray[Any] | None:
-    """What a constant holds, behind casts between types of floating-point numbers, too.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A tensor that holds a constant, and what is done to that on every call. dtype: behind it."""
 
-    None where more than that computes it.
-    """
+    tensor: ir.TensorProtocol
+    dtype: ir.DataType
+    steps: tuple[Callable[[npt.NDArray[Any]], npt.NDArray[Any]], ...] = ()
+
+    def numbers(self) -> npt.NDArray[Any]:
+        """The constant."""
+        array = numbers(self.tensor)
+        for step in self.steps:
+            array = step(array)
+        return array
+
+
+def held(value: ir.Value) -> npt.NDArray[Any] | None:
+    """What a constant holds, behind casts and transposes, too; None where more computes it."""
+    found = source(value)
+    return None if found is None else found.numbers()
+
+
+def source(value: ir.Value) -> Source | None:
+    """The tensor that a constant stands in, behind transposes and casts between types of
+    floating-point numbers alone; None where more than that computes it."""
     tensor, node = stored(value), value.producer()
     if tensor is not None:
-        return np.asarray(tensor.numpy())
-    if node is None or node.domain != "" or node.op_type not in ("Cast", "Identity"):
+        return Source(tensor, tensor.dtype)
+    if node is None or node.domain != "" or node.op_type not in ("Cast", "Identity", "Transpose"):
         return None
-    source = None if node.inputs[0] is None else held(node.inputs[0])
-    if source is None or node.op_type == "Identity":
-        return source
+    found = None if node.inputs[0] is None else source(node.inputs[0])
+    if found is None or node.op_type == "Identity":
+        return found
+    if node.op_type == "Transpose":
+        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
+        return replace(found, steps=(*found.steps, lambda array: np.transpose(array, order)))
     dtype = ir.DataType(node.attributes.get_int("to", 0))
-    return source.astype(dtype.numpy()) if {_cast_name(source.dtype), dtype.name} <= CAST else None
-
-
-def _cast_name(dtype: np.dtype[Any]) -> str:
-    return ir.DataType.from_numpy(dtype).name
+    if not {found.dtype.name, dtype.name} <= CAST:
+        return None
+    return Source(found.tensor, dtype, (*found.steps, lambda array: array.astype(dtype.numpy())))
 
 
 def is_parameter(value: ir.Value) -> bool:

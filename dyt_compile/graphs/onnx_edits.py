@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 
 from ..errors import RewriteError
 from . import onnx_functions
 from .base import Edit, Stored
 
-__all__ = ["make_edits", "rounded"]
+__all__ = ["make_edits"]
 
 Hold = Callable[[Stored], ir.Value]
 """Makes an initializer."""
@@ -25,12 +23,6 @@ def make_edits(
     for edit in edits:
         native = edit.term.output.native
         copies[native] = _edited(graph, copies[native], edit, hold)
-
-
-def rounded(stored: Stored) -> np.ndarray:
-    """The array in the dtype that it is stored in."""
-    wanted = ml_dtypes.bfloat16 if stored.dtype == "bfloat16" else stored.dtype
-    return np.asarray(stored.array).astype(np.dtype(wanted))
 
 
 def _edited(graph: ir.Graph, output: ir.Value, edit: Edit, hold: Hold) -> ir.Value:

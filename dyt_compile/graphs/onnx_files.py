@@ -12,8 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -21,7 +23,7 @@ from ..errors import CaptureError, first_line
 
 __all__ = [
     "GRAPH", "INITIALIZER", "LARGE_BYTES", "RAW_DATA", "delimited", "externals",
-    "head", "load", "parse", "settle",
+    "head", "load", "numbers", "parse", "settle",
     "weights_as_inputs",
 ]  # fmt: skip
 
@@ -60,8 +62,8 @@ class _Weight:
 def load(path: Path, folder: Path | None = None) -> ir.Model:
     """The model of a file, its weights not loaded.
 
-    folder: where its external data lies, by default beside it. Raises CaptureError for a file that
-    is no ONNX model, and for external data that is cut short or lies outside the folder.
+    folder: where external data lies that is not beside it. Raises CaptureError for a file that is
+    no ONNX model, and for external data that is cut short or lies outside the folder.
     """
     proto, mapped = parse(path)
     try:
@@ -70,9 +72,10 @@ def load(path: Path, folder: Path | None = None) -> ir.Model:
             model.graph.initializers[name].const_value = tensor
     except Exception as error:
         raise CaptureError(f"{str(path)!r} is no ONNX model: {first_line(error)}") from error
-    home = (path.parent if folder is None else folder).absolute()
+    home = path.parent.absolute()
     for external in externals(model):
-        external.base_dir = str(home)
+        beside = folder is None or (home / external.location).is_file()
+        external.base_dir = str(home if beside or folder is None else folder.absolute())
     settle(model)
     return model
 
@@ -136,6 +139,27 @@ def settle(model: ir.Model) -> None:
             if isinstance(held, ir.ExternalTensor) and held.nbytes < LARGE_BYTES:
                 array = held.numpy().copy()
                 value.const_value = ir.Tensor(array, held.dtype, shape=held.shape, name=held.name)
+
+
+def numbers(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
+    """The numbers of a tensor; those in another file are read, so that none stay behind.
+
+    Raises CaptureError where that file has become too short, or is there no longer.
+    """
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.asarray(tensor.numpy())
+    try:
+        raw = np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.offset or 0)
+    except OSError as error:
+        raise CaptureError(
+            f"the weights {tensor.name!r} cannot be read from {tensor.path!r}: {error.strerror}"
+        ) from error
+    if raw.size != tensor.nbytes:
+        raise CaptureError(
+            f"{tensor.path!r} ends {tensor.nbytes - raw.size} bytes before {tensor.name!r} does"
+        )
+    shape = ir.Shape(tensor.shape.numpy())
+    return np.asarray(_over(raw, tensor.dtype, shape, tensor.name).numpy())
 
 
 def _tensors(attribute: ir.Attr) -> Sequence[ir.TensorProtocol]:
@@ -209,10 +233,17 @@ def _mapped(stub: onnx.TensorProto, data: mmap.mmap, at: _Weight) -> ir.TensorPr
     expected = -(-int(np.prod(stub.dims, dtype=np.int64)) * dtype.bitwidth // 8)
     if raw.size != expected:
         raise ValueError(f"{stub.name!r} holds {raw.size} bytes, its shape takes {expected}")
+    return _over(raw, dtype, shape, stub.name)
+
+
+def _over(
+    raw: npt.NDArray[np.uint8], dtype: ir.DataType, shape: ir.Shape, name: str | None
+) -> ir.TensorProtocol:
+    """A tensor over bytes as files hold them."""
     if dtype.bitwidth < 8:
-        return ir.PackedTensor(raw, dtype, shape=shape, name=stub.name)
+        return ir.PackedTensor(raw, dtype, shape=shape, name=name)
     array = raw.view(dtype.numpy().newbyteorder("<")).reshape(shape.numpy())
-    return ir.Tensor(array, dtype, shape=shape, name=stub.name)
+    return ir.Tensor(array, dtype, shape=shape, name=name)
 
 
 def _fields(data: mmap.mmap, start: int, stop: int) -> Iterator[_Field]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from ..changes import in_parts
 from ..dyt import DOMAIN, FORMS
+from .onnx_constants import Source
+from .onnx_derived import derived
 
 __all__ = ["NARROW", "Names", "holds", "narrow", "surface", "widen"]
 
@@ -279,10 +284,14 @@ def _retype(node: ir.Node, dtype: ir.DataType) -> None:
 
 def _cast_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
     """The tensor in the narrow type; finite values beyond its range become its largest."""
-    array = tensor.numpy()
     limit = LARGEST[dtype]
-    array = np.where(np.isfinite(array), np.clip(array, -limit, limit), array)
-    return ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=tensor.name)
+
+    def clipped(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+        for part, _ in in_parts(array, ()):
+            yield np.where(np.isfinite(part), np.clip(part, -limit, limit), part)
+
+    shape = ir.Shape(tensor.shape.numpy())
+    return derived(Source(tensor, tensor.dtype), clipped, dtype, shape, tensor.name)
 
 
 def _graphs(model: ir.Model) -> Iterator[ir.Graph]:

@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from ..errors import ExportError, OptionError
 from ..progress import track
+from .onnx_derived import Derived, origins
 from .onnx_files import (
     GRAPH,
     INITIALIZER,
@@ -34,7 +35,9 @@ from .onnx_files import (
     weights_as_inputs,
 )
 
-__all__ = ["EMBEDDED_BYTES", "WEIGHTS", "Saved", "chunks", "outline", "save", "weight_bytes"]
+__all__ = [
+    "EMBEDDED_BYTES", "LONG_BYTES", "WEIGHTS", "Saved", "chunks", "outline", "save", "weight_bytes"
+]  # fmt: skip
 
 WEIGHTS = ("link", "copy", "embed")
 
@@ -51,7 +54,7 @@ ALIGN_FROM_BYTES = 1 << 20
 REFRESH_SECONDS = 2.0
 
 LONG_BYTES = 1 << 28
-"""From here on it is said how far the writing is."""
+"""From here on it is said how far the writing is, and how fast it was."""
 
 Chunk = bytes | memoryview
 
@@ -196,7 +199,7 @@ def _is_home(tensor: ir.ExternalTensor, home: Path) -> bool:
 
 def _free(name: str, home: Path, model: ir.Model) -> str:
     """A name for new data that none of the model's own data files has."""
-    taken = {os.path.realpath(tensor.path) for tensor in externals(model)}
+    taken = {os.path.realpath(tensor.path) for tensor in origins(model)}
     wish, number = name, 1
     while os.path.realpath(home / wish) in taken:
         number += 1
@@ -300,10 +303,14 @@ def _placed(file: BinaryIO, part: _Part) -> Iterator[Chunk]:
 def chunks(tensor: ir.TensorProtocol) -> Iterator[Chunk]:
     """The bytes of a tensor as a file holds them, a few megabytes at a time.
 
-    What lies in another file is read, not mapped, so that it does not stay in memory.
+    What lies in another file is read, not mapped, so that it does not stay in memory; what is made
+    of such a tensor is computed a part at a time.
     """
     if isinstance(tensor, ir.ExternalTensor):
         yield from _read(tensor)
+        return
+    if isinstance(tensor, Derived):
+        yield from _even(map(_view, tensor.parts()))
         return
     whole = _view(tensor)
     for start in range(0, len(whole), CHUNK_BYTES):
@@ -320,6 +327,18 @@ def _read(tensor: ir.ExternalTensor) -> Iterator[bytes]:
                 raise ExportError(f"{tensor.path!r} ends {left} bytes before {tensor.name!r} does")
             left -= len(chunk)
             yield chunk
+
+
+def _even(pieces: Iterable[memoryview]) -> Iterator[bytes]:
+    """The same bytes in chunks of one size, but for the last."""
+    kept = bytearray()
+    for piece in pieces:
+        kept += piece
+        while len(kept) >= CHUNK_BYTES:
+            yield bytes(kept[:CHUNK_BYTES])
+            del kept[:CHUNK_BYTES]
+    if kept:
+        yield bytes(kept)
 
 
 def _view(tensor: ir.TensorProtocol) -> memoryview:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..changes import Change
 from ..channels import (
     Kind,
     Stop,
@@ -24,7 +25,8 @@ from ..channels import (
 from ..constants import is_fixed, leaves
 from ..dyt import FORMS, Form
 from ..graphs.base import Edit, Graph
-from ..producers import Change, changes, holds_bias, pulled
+from ..producers import changes, holds_bias, pulled
+from ..progress import track
 from ..revision import Revision, name_of
 from ..sites import Match, NormSite
 from ..terms import Op, Term, Value
@@ -85,15 +87,17 @@ def fold(graph: Graph, found: Match) -> Folded:
     """The graph with constants, scales and shifts folded into weights.
 
     found: the norms and DyT of `graph`; norms that it keeps stay as they are. The graph itself
-    stays as it is, the result shares the weights that do not change. Raises RewriteError where
-    weights are not loaded (meta tensors).
+    stays as it is, the result shares the weights that do not change. Of a weight in an ONNX model's
+    data file only what comes of it is noted: it is computed when it is read. Raises RewriteError
+    where weights are not loaded (meta tensors), or would leave the range of their dtype.
     """
     folder = _Folder(graph, _inside(found.sites))
     for value in _computed(graph):
         folder.store(value)
     while folder.sweep():
         pass
-    for site in found.sites:  # last: they take no operator away that kept another one
+    # Sites last: they take no operator away that kept another one.
+    for site in track(found.sites, "folding", len(found.sites)):
         folder.fold_site(site)
     edits = list(folder.edits())
     made = graph.revise(edits) if edits else graph
@@ -267,7 +271,7 @@ class _Folder:
         touched, stored = self._weights.touched(), self._weights.stored
         for term in self._graph.terms:
             if term in stored:
-                yield Edit(term, result=self._weights.kept(term.output, stored[term]))
+                yield Edit(term, result=self._weights.kept(term.output))
             elif term in self._removed:
                 yield Edit(term, passed=self._removed[term])
             elif term in touched or term in self._forms:
