@@ -75,9 +75,7 @@ def test_companions_go_with_their_file(tmp_path: Path) -> None:
     with replaced(target) as temporary:
         temporary.write_text("new")
         temporary.with_name("model.onnx.data").write_text("new data")
-        assert _contents(tmp_path / temporary.parent.name).keys() == {
-            "model.onnx", "model.onnx.data"
-        }  # fmt: skip
+        assert {"model.onnx", "model.onnx.data"} < _contents(temporary.parent).keys()
         assert (tmp_path / "model.onnx.data").read_text() == "old data"
     assert _contents(tmp_path) == {
         "model.onnx": "new", "model.onnx.data": "new data", "other.onnx": "other"
@@ -125,7 +123,7 @@ def test_read_only_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_name_that_the_disk_does_not_take_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="cannot write"), replaced(tmp_path / ("m" * 250)):
+    with pytest.raises(ExportError, match="cannot write"), replaced(tmp_path / ("m" * 256)):
         pytest.fail("the block must not run")
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ..errors import (
 from ..files import replaced
 from ..graphs import onnx_functions, onnx_fusion
 from ..graphs.onnx import OnnxGraph
+from ..graphs.onnx_data import unused_data
 from ..graphs.onnx_files import parse, weights_as_inputs
 from ..graphs.onnx_functions import LEAST_OPSET
 from ..graphs.onnx_precision import NARROW, holds, narrow
@@ -107,8 +109,8 @@ def export_onnx(
     pays where TensorRT has our plugin for it.
 
     weights: "link" refers to the data files of the ONNX model that was converted, where they lie
-    within the folder of `path`; "copy" streams the weights into `<name>.data` beside the file;
-    "embed" puts them into it, up to 1.8 GB. Tensors that changed are written in any case. By
+    within the folder of `path`; "copy" streams the weights into `<name>.<digest>.data` beside the
+    file; "embed" puts them into it, up to 1.8 GB. Tensors that changed are written in any case. By
     default weights that lie beside the model are linked by a file in the same folder; others are
     embedded up to 1.8 GB and copied above.
 
@@ -143,7 +145,7 @@ def export_onnx(
         )
     dtype = next((name for name, narrow_type in NARROW.items() if holds(model, narrow_type)), dtype)
     not_run = _why_not_run(result, model, check)
-    with replaced(target) as temporary:
+    with replaced(target, partial(unused_data, target, model)) as temporary:
         with clock("write"):
             saved = save(model, temporary, weights, target.parent)
         folder = target.parent if saved.linked else None
