@@ -23,7 +23,7 @@ from .errors import DytCompileError, ExportError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["check_target", "replaced", "work_folder"]
+__all__ = ["check_writable", "replaced", "work_folder"]
 
 PREFIX = ".dyt-compile-"
 
@@ -34,7 +34,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PROBE_BYTES = 1 << 20
 
 
-def check_target(target: Path) -> None:
+def check_writable(target: Path) -> None:
     """Raise what `replaced` raises before anything is written; for checks before long work."""
     with _beside(target):
         pass
@@ -90,12 +90,11 @@ def work_folder(parent: Path | None = None) -> Iterator[Path]:
     except OSError as error:
         where = "the folder for temporary files (TMPDIR)" if parent is None else repr(str(parent))
         raise ExportError(f"cannot write into {where}: {error.strerror}") from error
-    try:
-        yield folder
-    finally:
-        _remove(folder)
-        if lock is not None:
-            os.close(lock)
+    with _closing(lock):
+        try:
+            yield folder
+        finally:
+            _remove(folder)
 
 
 @contextmanager
@@ -165,8 +164,8 @@ def _sweep(place: Path) -> None:
                 continue
             lock = _locked(folder / LOCK, wait=False)
             if lock is not None:
-                _remove(folder)
-                os.close(lock)
+                with _closing(lock):
+                    _remove(folder)
 
 
 def _new(place: Path) -> tuple[Path, int | None]:
@@ -199,11 +198,20 @@ def _alone(folder: Path) -> Iterator[None]:
     with suppress(OSError):
         while lock is None:  # the process before removed it
             lock = _locked(path, wait=True)
+    with _closing(lock):
+        try:
+            yield
+        finally:
+            if lock is not None:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _closing(lock: int | None) -> Iterator[None]:
     try:
         yield
     finally:
         if lock is not None:
-            path.unlink(missing_ok=True)
             os.close(lock)
 
 
