@@ -11,6 +11,7 @@ Usage: python -m benchmarks.faults [kills recover disk targets pairs input memor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -20,16 +21,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dyt_compile.cli import main as cli
 from dyt_compile.files import replaced
 from dyt_compile.report import environment
 
 from .disks import fill, misplace, pair
 from .kills import kill_all, kill_recover
 from .shortages import cut_input, lack_memory, lack_packages
-from .subjects import CASES
+from .subjects import CASES, TORCH, prepare
 from .table import lost, write_page
 
 RESULTS = Path(__file__).parents[1] / "results" / "faults.json"
+
+
+WARM = (
+    ["convert", *TORCH, "--mode", "all", "-o", "out.pt2"],
+    ["recover", *TORCH, "--steps", "2", "-o", "out.safetensors"],
+)
 
 
 def tell(line: str) -> None:
@@ -37,8 +45,9 @@ def tell(line: str) -> None:
     print(line, flush=True)
 
 
-def warm() -> None:
-    """Import what the commands import late, so that their processes have it."""
+def warm(folder: Path) -> None:
+    """Do once what the commands do, so that their processes have imported it: all but running ONNX
+    Runtime, which would start threads."""
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
     import torch
@@ -49,6 +58,15 @@ def warm() -> None:
     from dyt_compile.passes import recover  # noqa: F401
 
     torch.set_num_threads(1)
+    here = Path.cwd()
+    prepare(folder)
+    os.chdir(folder)
+    example = (torch.zeros(2, 2),)
+    torch.onnx.export(torch.nn.Linear(2, 2), example, dynamo=True, verbose=False)
+    for command in WARM:
+        with contextlib.suppress(SystemExit):
+            cli(command)
+    os.chdir(here)
 
 
 def main() -> None:
@@ -61,10 +79,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("-o", type=Path, default=RESULTS)
     options = parser.parse_args()
-    warm()
     cases = [case for case in CASES if re.search(options.only, case.name) and case.can_run]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
+        warm(folder / "warm")
+        tell(f"warm, {len(list(Path('/proc/self/task').iterdir()))} threads")
         parts: dict[str, Callable[[], Any]] = {
             "kills": lambda: kill_all(folder, cases, options.kills, tell),
             "recover": lambda: kill_recover(folder / "recover", options.kills, tell),

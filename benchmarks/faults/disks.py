@@ -69,8 +69,9 @@ def fill(folder: Path, cases: Sequence[Case], sizes: int, tell: Callable[[str], 
             written = (path.stat().st_size for path in place.home.glob(f"{case.target}*"))
             needed = sum(written) * 5 // 4 + 8 * PAGE_BYTES
         row = _row(f"{case.name}: too small a disk")
-        for size in range(sizes):
-            room = needed * size // max(1, sizes - 1) // PAGE_BYTES * PAGE_BYTES
+        several = max(3, round(sizes * case.share))
+        for size in range(several):
+            room = needed * size // (several - 1) // PAGE_BYTES * PAGE_BYTES
             with _disk(place.home, f"size={LARGE},mode=0755"):
                 _try(place, case, (old, new), names, row, f"size={used + room}")
         with _disk(place.home, f"size={LARGE},mode=0755,nr_inodes=4k"):
@@ -79,17 +80,14 @@ def fill(folder: Path, cases: Sequence[Case], sizes: int, tell: Callable[[str], 
             _try(place, case, (old, new), names, row, f"nr_inodes={inodes}")
         rows.append(_told(row, tell))
         row = _row(f"{case.name}: too small a disk for temporary files")
-        for size in range(1, sizes if case.verb in ("calibrate", "build") else 1):
+        place.keep()
+        for size in range(1, several if case.verb in ("calibrate", "build") else 1):
             with _disk(place.temporary, f"size={size * PAGE_BYTES},mode=0755"):
                 _try(place, case, (old, new), names, row)
-                _restore(place, case)
+            place.restore()
         if row["tried"]:
             rows.append(_told(row, tell))
     return rows
-
-
-def _restore(place: Place, case: Case) -> None:
-    place.done(case.old)
 
 
 def _try(
@@ -127,11 +125,12 @@ def misplace(folder: Path, cases: Sequence[Case], tell: Callable[[str], None]) -
         place.done(case.old)
         target = place.home / case.target
         old = state(target)
+        place.keep()
         place.done(case.new)
         new = state(target)
         for what, odd, ended in _oddities():
             row = rows.setdefault(what, _row(what))
-            place.done(case.old)
+            place.restore()
             _note(row, *odd(place, case, (old, new), ended))
     return [_told(row, tell) for row in rows.values()]
 
@@ -246,21 +245,18 @@ def pair(
         place = Place(folder / f"pair{number}")
         target = place.home / case.target
         place.done(case.old)
-        old, names = state(target), place.names()
+        old, names = state(target), [place.names()]
+        place.keep()
         place.done(case.new)
         new = state(target)
-        names |= place.names()
+        names.append(place.names())
         row = _row(f"{case.name}: two processes at once")
-        for _ in range(rounds):
-            place.done(case.old)
+        for _ in range(max(2, round(rounds * case.share))):
+            place.restore()
             ends = [running.end() for running in [place.started(w) for w in (case.old, case.new)]]
             done = all(end.status == 0 for end in ends)
             whole = found_at(target, {old: "that of one", new: "that of one"})
-            clean = place.names() <= names and _data(place.home) <= 1 + 1
+            clean = place.names() in names
             _note(row, whole if done and clean else f"{[end.status for end in ends]}, {whole}")
         rows.append(_told(row, tell))
     return rows
-
-
-def _data(folder: Path) -> int:
-    return len(list(folder.glob("*.data")))

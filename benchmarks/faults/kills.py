@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +48,9 @@ def kill_all(
     """Kill every command about so many times."""
     found = {}
     for number, case in enumerate(cases):
-        found[case.name] = _kill(case, folder / f"case{number}", kills).to_dict()
+        found[case.name] = _kill(
+            case, folder / f"case{number}", round(kills * case.share)
+        ).to_dict()
         tell(f"{case.name}: {found[case.name]}")
     return found
 
@@ -58,15 +59,15 @@ def _kill(case: Case, folder: Path, kills: int) -> Tally:
     place = Place(folder)
     target = place.home / case.target
     place.done(case.old)
-    old, kept = state(target), folder / "old"
-    shutil.copytree(place.home, kept)
+    old = state(target)
+    place.keep()
     end = place.done(case.new)
     new, expected = state(target), place.names()
     if old == new:
         raise RuntimeError(f"{case.name}: both versions are the same")
     tally = Tally(case.verb, dict(Counter(end.steps)), end.seconds)
     for blow in placed(kills, len(end.steps), end.seconds, _longest(target)):
-        shutil.copytree(kept, place.home, dirs_exist_ok=True)
+        place.restore()
         _struck(place, case.new, blow, tally)
         tally.found[found_at(target, {old: "old", new: "new"})] += 1
         if case.verb == "build":

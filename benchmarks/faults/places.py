@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ class Place:
     """A working folder, and one for temporary files, in which a command is run."""
 
     def __init__(self, folder: Path) -> None:
-        self.home, self.temporary = folder / "home", folder / "tmp"
+        self.home, self.temporary, self.kept = (folder / name for name in ("home", "tmp", "kept"))
         prepare(self.home)
         self.temporary.mkdir()
 
@@ -46,6 +47,17 @@ class Place:
 
         return inside
 
+    def keep(self) -> None:
+        """Remember all files as they are now."""
+        shutil.copytree(self.home, self.kept)
+
+    def restore(self) -> None:
+        """Write those files again; others stay."""
+        for path in self.home.iterdir():
+            if path.is_symlink():
+                path.unlink()
+        shutil.copytree(self.kept, self.home, dirs_exist_ok=True)
+
     def done(self, work: Callable[[], object]) -> End:
         """Do the work undisturbed."""
         end = self.run(work)
@@ -61,7 +73,7 @@ class Place:
             str(path.relative_to(folder.parent))
             for folder in (self.home, self.temporary)
             for path in folder.rglob("*")
-            if "__pycache__" not in path.parts
+            if "__pycache__" not in path.parts and "torchinductor" not in str(path)
         }
 
     def orphans(self) -> list[str]:

@@ -197,6 +197,9 @@ class _Without:
             return None
         return self._finder.find_spec(name, *more)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
+
 
 def _without(names: Sequence[str], work: Callable[[], object]) -> None:
     """Do the work as if the packages were not installed, in a process of its own."""

@@ -39,7 +39,9 @@ def bench_gpu(
     measures Table 7 of the DyT paper.
     """
     if capability() is None:
-        raise ExportError("no NVIDIA GPU was found: nothing can be timed on this machine")
+        raise ExportError(
+            "no NVIDIA GPU was found: nothing can be timed here; run it on a machine that has one"
+        )
     given = parse_shapes(shapes, "--shapes")
     timings: list[EngineTiming] = []
     with work_folder() as folder:
