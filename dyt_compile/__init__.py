@@ -86,6 +86,8 @@ def __getattr__(name: str) -> Any:
     # Names come in when they are used: the ONNX route starts without torch, the CLI at once.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name] == "backends":  # it uses torch before it could check its version
+        importlib.import_module(".nn", __name__)
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 

@@ -7,11 +7,14 @@ __all__ = [
     "DataError",
     "DytCompileError",
     "ExportError",
+    "MemoryExhaustedError",
     "MissingDependencyError",
     "OptionError",
+    "OutdatedDependencyError",
     "RewriteError",
     "VerificationError",
     "first_line",
+    "out_of_memory",
 ]
 
 
@@ -58,6 +61,45 @@ class MissingDependencyError(DytCompileError):
         super().__init__(
             f"{module!r} is not installed; install it with: pip install 'dyt-compile[{extra}]'"
         )
+
+
+class OutdatedDependencyError(DytCompileError):
+    """A dependency is installed in a version that is too old."""
+
+    def __init__(self, package: str, version: str, least: str) -> None:
+        super().__init__(
+            f"{package} {version} is installed, at least {least} is needed; install it with: "
+            f"pip install --upgrade '{package}>={least}'"
+        )
+
+
+class MemoryExhaustedError(DytCompileError):
+    """There is not enough memory; `foreign`: how a library said so."""
+
+    def __init__(self, foreign: BaseException) -> None:
+        super().__init__(
+            f"not enough memory ({first_line(foreign)}); smaller batches need less (--batch-size)"
+        )
+
+
+OUT_OF_MEMORY = (
+    "bad_alloc",
+    "can't allocate memory",  # torch, on CPUs
+    "Cannot allocate memory",  # the system
+    "Failed to allocate memory",  # ONNX Runtime
+    "out of memory",  # CUDA
+)
+
+
+def out_of_memory(error: BaseException) -> BaseException | None:
+    """The error, or the one behind it, by which a library says that memory is exhausted."""
+    found: BaseException | None = error
+    while found is not None:
+        told = str(found)
+        if isinstance(found, MemoryError) or any(words in told for words in OUT_OF_MEMORY):
+            return found
+        found = found.__cause__
+    return None
 
 
 def first_line(error: BaseException) -> str:

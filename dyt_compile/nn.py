@@ -15,7 +15,10 @@ import torch
 
 from .dyt import ALPHA, DOMAIN, FORMS, Form
 from .errors import OptionError
+from .requirements import check_version
 from .tracing import unobserved, within_inductor
+
+check_version("torch")  # here, since all that works on torch models imports this module
 
 __all__ = ["SQUASHES", "DynamicTanh", "decompositions", "operator", "parameter"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ import onnx_ir as ir
 
 from .dyt import DOMAIN
 from .errors import CaptureError, DataError, MissingDependencyError, OptionError, first_line
+from .files import work_folder
 from .graphs.onnx_files import externals, load
 from .graphs.onnx_fusion import unfuse
 from .graphs.onnx_precision import holds, surface, widen
@@ -193,9 +193,9 @@ def _source(model: ir.Model, temporary: ExitStack, options: Any) -> str | bytes:
     if len(homes) == 1 and weight_bytes(model) - here <= EMBEDDED_BYTES:
         options.add_session_config_entry(EXTERNAL_FOLDER, str(Path(homes.pop()).absolute()))
     elif weight_bytes(model) > EMBEDDED_BYTES:
-        folder = temporary.enter_context(tempfile.TemporaryDirectory(prefix="dyt-compile-"))
-        save(model, Path(folder) / "model.onnx", "copy")
-        return str(Path(folder) / "model.onnx")
+        path = temporary.enter_context(work_folder()) / "model.onnx"
+        save(model, path, "copy")
+        return str(path)
     else:
         model = ir.external_data.load_to_model(model.clone())
     data: bytes = ir.serde.serialize_model(model).SerializeToString()

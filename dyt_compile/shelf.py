@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from .errors import ExportError
+from .files import work_folder
 from .graphs.base import Graph
 from .terms import Value
 
@@ -48,7 +50,8 @@ class Shelf:
         self._graph = graph
         self._memory_bytes = memory_bytes
         self._used_bytes = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = ExitStack()
+        self._folder: Path | None = None
         self._spilled = 0
 
     def __enter__(self) -> Shelf:
@@ -60,8 +63,7 @@ class Shelf:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._files.close()
 
     def keep(self, native: Any, like: Value) -> Kept:
         """Keep a native value; `like` tells the dtype in which it comes back from a file."""
@@ -78,13 +80,19 @@ class Shelf:
 
     def _spill(self, native: Any, like: Value) -> Kept:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="dyt-compile-")
+            self._folder = self._files.enter_context(work_folder())
         self._spilled += 1
-        file = Path(self._folder.name) / f"{self._spilled}.npy"
+        file = self._folder / f"{self._spilled}.npy"
         array = self._graph.to_array(native)
         if like.dtype == "bfloat16":  # every bfloat16 is a float32, which .npy files know
             array = array.astype(np.float32)
-        np.save(file, array, allow_pickle=False)
+        try:
+            np.save(file, array, allow_pickle=False)
+        except OSError as error:
+            raise ExportError(
+                f"cannot keep {array.nbytes} bytes of activations in {str(self._folder)!r}: "
+                f"{error.strerror or error}; TMPDIR chooses another place"
+            ) from error
         kept = _Spilled(file, self._graph, like, array.shape)
         weakref.finalize(kept, file.unlink, missing_ok=True)
         return kept

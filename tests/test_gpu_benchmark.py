@@ -28,7 +28,10 @@ needs_no_gpu = pytest.mark.skipif(capability() is not None, reason="this machine
 @needs_no_gpu
 def test_bench_gpu_without_a_gpu_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     line = failure(capsys, "bench-gpu", "model.onnx")
-    assert line == "ExportError: no NVIDIA GPU was found: nothing can be timed on this machine"
+    assert line == (
+        "ExportError: no NVIDIA GPU was found: nothing can be timed here; "
+        "run it on a machine that has one"
+    )
 
 
 @needs_no_gpu

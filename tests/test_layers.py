@@ -17,7 +17,7 @@ ROOT = Path(dyt_compile.__file__).parent
 
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
-    ("errors", "dyt", "progress", "clock", "tracing"),
+    ("errors", "dyt", "progress", "clock", "requirements", "tracing"),
     ("inductor",),
     ("terms", "batches", "files", "fits", "ridge", "metrics", "nn", "huggingface", "scatter"),
     ("sitefits",),

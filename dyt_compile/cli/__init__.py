@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from ..errors import MemoryExhaustedError, out_of_memory
 from . import bench, build, calibrate, convert, inspect, plugin, recover, verify
 
 __all__ = ["app", "main"]
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001 - a user sees one line, and all of it with --verbose
         if "--verbose" in given:
             traceback.print_exc()
+        exhausted = out_of_memory(error)
+        if exhausted is not None:
+            error = MemoryExhaustedError(exhausted)
         # Errors of the command line know best how to tell what is missing.
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         sys.stderr.write(f"{type(error).__name__}: {' '.join(message.split())}\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ from ..exporters.benchmark import EngineTiming, time_model
 from ..exporters.engine_shapes import combine, parse_shapes
 from ..exporters.engine_timing import PASSES
 from ..exporters.tensorrt_worker import capability
-from ..files import replaced
+from ..files import replaced, work_folder
 from .build import SHAPES_HELP, RuntimeName
 from .options import JsonPath, Verbose
 from .progress import console
@@ -40,14 +39,16 @@ def bench_gpu(
     measures Table 7 of the DyT paper.
     """
     if capability() is None:
-        raise ExportError("no NVIDIA GPU was found: nothing can be timed on this machine")
+        raise ExportError(
+            "no NVIDIA GPU was found: nothing can be timed here; run it on a machine that has one"
+        )
     given = parse_shapes(shapes, "--shapes")
     timings: list[EngineTiming] = []
-    with tempfile.TemporaryDirectory(prefix="dyt-compile-") as folder:
+    with work_folder() as folder:
         for model in models:
             timings += time_model(
                 model,
-                Path(folder),
+                folder,
                 runtime=runtime,
                 shapes=combine(given, given, given),
                 plugin_library=plugin_library,

@@ -9,6 +9,7 @@ import typer
 
 from .. import compiler
 from ..calibration import Calibration
+from ..files import check_writable
 from ..progress import reporting
 from .options import BatchSize, Exclude, Fit, Model, ProviderName, Verbose
 from .progress import TerminalReporter, console, tell_written
@@ -50,6 +51,7 @@ def calibrate(
     Runs over parts of the data give the fits of all of it, where each was made on the original's
     activations with --keep-sums: --merge adds them.
     """
+    check_writable(out)
     others = [Calibration.load(path) for path in merge or ()]
     source = load_model(model)
     with reporting(TerminalReporter(console(stderr=True))):

@@ -9,6 +9,7 @@ import typer
 
 from .. import compiler
 from ..errors import OptionError
+from ..files import check_writable
 from ..progress import reporting
 from ..report.terminal import (
     fold_table,
@@ -126,6 +127,8 @@ def convert(
         )
     if calibration is not None and (data is None or mode == "exact"):
         raise OptionError("--calibration needs --data: mode exact fits nothing")
+    if calibration is not None:
+        check_writable(calibration)
     for path in report or ():
         check_target(path)
     counted = load_metric(metric)

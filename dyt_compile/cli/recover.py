@@ -9,6 +9,7 @@ import typer
 
 from .. import compiler
 from ..errors import OptionError
+from ..files import check_writable
 from ..progress import reporting
 from ..recovery import recover as recover_conversion
 from ..report.terminal import report_table
@@ -71,6 +72,7 @@ def recover(
             "model; for ONNX files there are the closed-form fits of dyt-compile convert"
         )
     kept = out.with_name(f"{out.name}.checkpoint") if checkpoint is None else checkpoint
+    check_writable(kept)
     batches = load_data(data, batch_size)
     with reporting(TerminalReporter(console(stderr=True))):
         converted = compiler.convert(

@@ -8,6 +8,7 @@ from ..compiler import Conversion
 from ..errors import OptionError
 from ..exporters.onnx import OnnxExport, export_onnx
 from ..exporters.torch_files import SUFFIXES, export_torch
+from ..files import check_writable
 from ..graphs.onnx_weights import LONG_BYTES
 
 __all__ = ["check_out", "write_model"]
@@ -16,9 +17,10 @@ FORMATS = (".onnx", *SUFFIXES)
 
 
 def check_out(out: Path) -> None:
-    """Raise OptionError unless the suffix names a format."""
+    """Raise OptionError unless the suffix names a format, ExportError if it cannot be written."""
     if out.suffix not in FORMATS:
         raise OptionError(f"-o is {str(out)!r}; allowed: a file that ends in {', '.join(FORMATS)}")
+    check_writable(out)
 
 
 def write_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from ..errors import ExportError, OptionError, first_line
 from ..files import replaced
 from ..graphs import onnx_functions, onnx_fusion
 from ..graphs.onnx import OnnxGraph
+from ..graphs.onnx_data import unused_data
 from ..graphs.onnx_precision import NARROW, holds, narrow
 from ..graphs.onnx_prepare import restore
 from ..graphs.onnx_scopes import SCOPES
@@ -93,8 +95,8 @@ def export_onnx(
     pays where TensorRT has our plugin for it.
 
     weights: "link" refers to the data files of the ONNX model that was converted, where they lie
-    within the folder of `path`; "copy" streams the weights into `<name>.data` beside the file;
-    "embed" puts them into it, up to 1.8 GB. Tensors that changed are written in any case. By
+    within the folder of `path`; "copy" streams the weights into `<name>.<digest>.data` beside the
+    file; "embed" puts them into it, up to 1.8 GB. Tensors that changed are written in any case. By
     default weights that lie beside the model are linked by a file in the same folder; others are
     embedded up to 1.8 GB and copied above.
 
@@ -129,7 +131,7 @@ def export_onnx(
         )
     dtype = next((name for name, narrow_type in NARROW.items() if holds(model, narrow_type)), dtype)
     not_run = why_not_run(result, model, check)
-    with replaced(target) as temporary:
+    with replaced(target, partial(unused_data, target, model)) as temporary:
         with clock("write"):
             saved = save(model, temporary, weights, target.parent)
         folder = target.parent if saved.linked else None

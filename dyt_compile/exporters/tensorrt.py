@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..errors import OptionError
-from ..files import replaced
+from ..files import replaced, work_folder
 from ..graphs.onnx_files import load
 from ..graphs.onnx_fusion import forms, fuse, unfuse
 from ..graphs.onnx_shapes import infer_shapes, restore_shapes
@@ -99,8 +98,7 @@ def build_engine(
         temporary = stack.enter_context(replaced(target_path))
         layers = layer_info and stack.enter_context(replaced(Path(layer_info)))
         cache = request.timing_cache and stack.enter_context(replaced(request.timing_cache))
-        folder = tempfile.TemporaryDirectory(prefix=f".{target_path.name}-", dir=target_path.parent)
-        work = Path(stack.enter_context(folder))
+        work = stack.enter_context(work_folder(target_path.parent))
         chosen, latency_ms, note = _choose(request, lowering, work)
         report = _report(request, chosen, target_path, latency_ms, note)
         chosen.engine.replace(temporary)

@@ -7,14 +7,15 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..dyt import DOMAIN
 from ..errors import ExportError, MissingDependencyError, OptionError
+from ..files import work_folder
 
 __all__ = ["RUNTIMES", "Runtime", "call", "installed"]
 
@@ -72,14 +73,13 @@ def call(runtime: Runtime, what: str, request: Mapping[str, Any]) -> dict[str, A
 
     Raises ExportError with what TensorRT refused, or how its process ended.
     """
-    with tempfile.TemporaryDirectory(prefix="dyt-compile-") as name:
-        folder = Path(name)
+    with work_folder() as folder, _held_pipe() as pipe:
         asked, answered = folder / "request.json", folder / "result.json"
         asked.write_text(json.dumps({**request, "runtime": runtime.name}), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", WORKER, str(asked), str(answered)],
             env=_environment(runtime, folder, os.environ),
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
+            stdin=pipe, capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip
         if not answered.exists():
             raise ExportError(f"{runtime.title} ended while {what}: {_last_words(done)}")
@@ -89,6 +89,17 @@ def call(runtime: Runtime, what: str, request: Mapping[str, Any]) -> dict[str, A
         told = [line for line in done.stderr.splitlines() if line.startswith(f"{DOMAIN}::")]
         raise ExportError("; ".join([f"{runtime.title}, {what}: {result['error']}", *told]))
     return result
+
+
+@contextmanager
+def _held_pipe() -> Iterator[int]:
+    """A pipe to read from, which ends when this process does."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def _environment(runtime: Runtime, folder: Path, environment: Mapping[str, str]) -> dict[str, str]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +42,7 @@ class FailedError(Exception):
 
 def main() -> None:
     """Do what the request asks, and write the result."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     work = {"read": _read, "build": _build, "time": _time}[request["verb"]]
     trt = _module(request["runtime"])
@@ -50,6 +53,12 @@ def main() -> None:
     except FailedError as error:
         result = {"error": str(error)}
     Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _end_with_parent() -> None:
+    """End this process when its standard input does: the parent, which was killed, held it."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
 
 
 def _module(runtime: str) -> Any:

@@ -1,7 +1,7 @@
 """ONNX files, written with their weights linked, copied or embedded, and never held in memory.
 
     link   a tensor in a file beside the new one stays there, and the new file refers to it
-    copy   the weights are streamed into `<name>.data` beside the new file
+    copy   the weights are streamed into `<name>.<digest>.data` beside the new file
     embed  the weights are streamed into the new file itself, up to protobuf's 2 GB
 
 Tensors that are new, and those that changed, are written wherever the rest stays linked.
@@ -24,7 +24,8 @@ import onnx_ir as ir
 
 from ..errors import ExportError, OptionError
 from ..progress import track
-from .onnx_derived import Derived, origins
+from .onnx_data import Digested, data_name
+from .onnx_derived import Derived
 from .onnx_files import (
     GRAPH,
     INITIALIZER,
@@ -115,13 +116,14 @@ def save(
     """
     home = (path.parent if folder is None else folder).resolve()
     _embed_apart(model)
-    plan = _planned(model, f"{path.name}.data", home, weights)
+    plan = _planned(model, home, weights)
     held = {value: _held(value) for value in plan.stand_ins()}
+    data = None
+    if plan.copied:
+        data = _write_data(path, [(held[value], place) for value, place in plan.copied.items()])
+        plan.copied = _laid_out(plan.copied, data.name)
     with _standing_in(plan.stand_ins()):
         proto = ir.serde.serialize_model(model)
-    data = next((path.with_name(str(t.location)) for t in plan.copied.values()), None)
-    if data is not None:
-        _write_data(data, [(held[value], place) for value, place in plan.copied.items()])
     _write_model(path, proto, {str(value.name): held[value] for value in plan.embedded})
     files = tuple(sorted({os.fspath(tensor.location) for tensor in plan.linked.values()}))
     written = path.stat().st_size + (0 if data is None else data.stat().st_size)
@@ -138,7 +140,7 @@ def _embed_apart(model: ir.Model) -> None:
             value.const_value = tensor
 
 
-def _planned(model: ir.Model, name: str, home: Path, weights: str | None) -> _Plan:
+def _planned(model: ir.Model, home: Path, weights: str | None) -> _Plan:
     if weights is not None and weights not in WEIGHTS:
         raise OptionError(f"weights is {weights!r}; allowed: {', '.join(WEIGHTS)}")
     plan = _Plan()
@@ -166,9 +168,9 @@ def _planned(model: ir.Model, name: str, home: Path, weights: str | None) -> _Pl
             f"{EMBEDDED_BYTES / 1e9:.1f} GB, as protobuf ends at 2 GB"
         )
     if weights == "copy" or total > EMBEDDED_BYTES:
-        plan.copied = _laid_out(rest, _free(name, home, model))
+        plan.copied = _laid_out(rest, "")  # the file has its name once it is written
     else:
-        plan.embedded = {value: _referred(_held(value), name, 0) for value in rest}
+        plan.embedded = {value: _referred(_held(value), "", 0) for value in rest}
     return plan
 
 
@@ -195,16 +197,6 @@ def _within(tensor: ir.ExternalTensor, home: Path) -> str | None:
 def _is_home(tensor: ir.ExternalTensor, home: Path) -> bool:
     """Whether the model that a tensor came with lies in the same folder."""
     return Path(os.path.realpath(tensor.base_dir)) == home
-
-
-def _free(name: str, home: Path, model: ir.Model) -> str:
-    """A name for new data that none of the model's own data files has."""
-    taken = {os.path.realpath(tensor.path) for tensor in origins(model)}
-    wish, number = name, 1
-    while os.path.realpath(home / wish) in taken:
-        number += 1
-        wish = f"{name.removesuffix('.data')}.{number}.data"
-    return wish
 
 
 def _laid_out(values: Iterable[ir.Value], location: str) -> dict[ir.Value, ir.ExternalTensor]:
@@ -249,9 +241,13 @@ class _Part:
     at: int | None = None
 
 
-def _write_data(path: Path, places: Iterable[tuple[ir.TensorProtocol, ir.ExternalTensor]]) -> None:
-    with path.open("wb") as file:
-        _stream(file, [_Part(tensor, at=place.offset) for tensor, place in places])
+def _write_data(path: Path, places: Iterable[tuple[ir.TensorProtocol, ir.ExternalTensor]]) -> Path:
+    """Write the data file of a model file; it has its name when its contents are known."""
+    unnamed = path.with_name(f"{path.name}.data")
+    with unnamed.open("wb") as file:
+        digested = Digested(file)
+        _stream(digested, [_Part(tensor, at=place.offset) for tensor, place in places])
+    return unnamed.replace(path.with_name(data_name(path.name, digested.digest())))
 
 
 def _write_model(
@@ -281,7 +277,7 @@ def _as_part(stub: onnx.TensorProto, tensor: ir.TensorProtocol) -> _Part:
     return _Part(tensor, head(INITIALIZER, len(before) + tensor.nbytes) + before)
 
 
-def _stream(file: BinaryIO, parts: Sequence[_Part]) -> None:
+def _stream(file: BinaryIO | Digested, parts: Sequence[_Part]) -> None:
     sizes = [part.tensor.nbytes for part in parts]
     speed = _Speed("writing weights")
     pieces: Iterator[Chunk] = (chunk for part in parts for chunk in _placed(file, part))
@@ -292,7 +288,7 @@ def _stream(file: BinaryIO, parts: Sequence[_Part]) -> None:
         speed.add(len(chunk))
 
 
-def _placed(file: BinaryIO, part: _Part) -> Iterator[Chunk]:
+def _placed(file: BinaryIO | Digested, part: _Part) -> Iterator[Chunk]:
     """The chunks of a tensor, with the file where they belong."""
     if part.at is not None:
         file.seek(part.at)

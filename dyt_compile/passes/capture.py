@@ -15,6 +15,7 @@ from ..batches import as_arguments
 from ..errors import CaptureError, DataError, OptionError, first_line
 from ..graphs.base import Graph
 from ..huggingface import example_inputs, is_folder, load_folder
+from ..requirements import check_version
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,7 @@ def _from_file(path: Path, provider: str) -> Graph:
 
         return OnnxGraph.from_file(path, provider)
     if path.suffix == ".pt2":
+        check_version("torch")
         import torch
 
         logger = logging.getLogger("torch.export")
@@ -113,6 +115,7 @@ def _from_folder(
     batches: Iterable[Any],
     dynamic_shapes: Any,
 ) -> Graph:
+    check_version("torch")
     model = load_folder(path)
     if not args and not kwargs:
         kwargs = example_inputs(model, length=8)

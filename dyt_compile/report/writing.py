@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import OptionError
 from ..exporters.onnx import OnnxExport
-from ..files import replaced
+from ..files import check_writable, replaced
 from ..sites import Match
 from .html import check_plotly, page
 from .records import Report
@@ -36,11 +36,12 @@ def write_report(
 
 
 def check_target(path: Path) -> None:
-    """Raise what `write_report` would raise for the path's suffix; for checks before long work."""
+    """Raise what `write_report` would raise for the path; for checks before long work."""
     if path.suffix not in (".html", ".json"):
         raise OptionError(f"the report is {str(path)!r}; allowed: a file in .html or .json")
     if path.suffix == ".html":
         check_plotly()
+    check_writable(path)
 
 
 def _json(report: Report | Match, exported: OnnxExport | None) -> str:

@@ -218,7 +218,7 @@ def test_folded_file_that_differs_is_not_kept(
 
     def spoil(model: Any, path: Path, *options: Any) -> Any:
         saved = save(model, path, *options)
-        data = path.with_name(f"{path.name}.data")
+        (data,) = path.parent.glob("*.data")
         content = bytearray(data.read_bytes())
         content[9001] ^= 1
         data.write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -246,7 +247,8 @@ def test_weights_of_another_folder_are_embedded_or_copied(tmp_path: Path) -> Non
     result = convert(_beside(tmp_path / "source" / "model.onnx"))
     assert not _locations(export_onnx(result, tmp_path / "new.onnx").path)
     copied = export_onnx(result, tmp_path / "copy.onnx", weights="copy")
-    assert set(_locations(copied.path).values()) == {"copy.onnx.data"}
+    (location,) = set(_locations(copied.path).values())
+    assert re.fullmatch(r"copy\.onnx\.[0-9a-f]{16}\.data", location)
     assert copied.bytes == sum(p.stat().st_size for p in tmp_path.glob("copy.*"))
     linked = export_onnx(result, tmp_path / "link.onnx", weights="link")
     assert linked.linked == ("source/w.data",)
@@ -257,11 +259,67 @@ def test_weights_of_another_folder_are_embedded_or_copied(tmp_path: Path) -> Non
         _assert_weights(tmp_path / f"{name}.onnx")
 
 
-def test_copy_never_writes_over_the_data_that_it_reads(beside: Path) -> None:
+def test_copy_never_writes_over_the_data_that_it_reads(tmp_path: Path) -> None:
+    beside = _beside(tmp_path / "model.onnx", gamma=2.0)
     first = export_onnx(convert(beside), beside.with_name("a.onnx"), weights="copy")
-    second = export_onnx(convert(first.path), first.path, weights="copy")
-    assert set(_locations(second.path).values()) == {"a.onnx.2.data"}
-    _assert_weights(second.path)
+    before = _contents(beside.parent)
+    result = convert(first.path)
+    assert export_onnx(result, first.path, weights="copy").path == first.path
+    assert _contents(beside.parent) == before  # the same weights, under the same name
+    folded = export_onnx(dyt_compile.convert(first.path), first.path, weights="copy")
+    assert len(_data(beside.parent)) == 2
+    assert set(_locations(folded.path).values()) < _data(beside.parent)
+    again = export_onnx(result, beside.with_name("again.onnx"))  # its data is still there
+    _assert_weights(again.path)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _data(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.onnx.*.data")}
+
+
+def test_data_of_the_file_that_was_replaced_goes_with_it(inside: Path) -> None:
+    target = inside.with_name("a.onnx")
+    onnx.save(_model(gamma=2.0), inside)
+    export_onnx(convert(inside), target, weights="copy")
+    (old,) = _data(inside.parent)
+    export_onnx(dyt_compile.convert(inside), target, weights="copy")
+    (new,) = _data(inside.parent)
+    assert new != old
+    export_onnx(convert(inside), target, weights="embed")
+    assert not _data(inside.parent)
+    _assert_weights(target)
+
+
+def test_data_that_another_graph_refers_to_stays(inside: Path) -> None:
+    target, other = inside.with_name("a.onnx"), inside.with_name("b.onnx")
+    export_onnx(convert(inside), target, weights="copy")
+    export_onnx(convert(target), other, weights="link")
+    (old,) = _data(inside.parent)
+    export_onnx(convert(inside), target, weights="embed")
+    assert _data(inside.parent) == {old}
+    _assert_weights(other)
+    other.write_bytes(b"damaged: nobody knows what it refers to")
+    export_onnx(convert(inside), target, weights="embed")
+    assert _data(inside.parent) == {old}
+    other.unlink()
+    export_onnx(convert(inside), target, weights="embed")
+    assert not _data(inside.parent)
+
+
+def test_data_of_other_programs_stays(inside: Path) -> None:
+    target = _beside(inside.with_name("a.onnx"), "a.onnx.data")
+    for name in ("a.onnx.0123.data", "b.onnx.0123456789abcdef.data", "a.onnx.x.data"):
+        inside.with_name(name).write_text("another's")
+    before = _contents(inside.parent)
+    export_onnx(convert(inside), target, weights="copy")
+    after = _contents(inside.parent)
+    assert {name: after[name] for name in before if name != "a.onnx"} == {
+        name: data for name, data in before.items() if name != "a.onnx"
+    }
 
 
 def test_link_needs_something_to_link_to(inside: Path) -> None:
