@@ -36,11 +36,18 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def _tanh(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """tanh of a z that is needed no more, exact enough for `dtype`."""
-    if within_inductor():
-        from . import inductor
+    if not within_inductor() and _numpy_is_faster(z):
+        return _tanh_of_numpy(z)
+    return _squashed("tanh", z, dtype)
 
-        return inductor.tanh(z, dtype)
-    return _tanh_of_numpy(z) if _numpy_is_faster(z) else torch.tanh(z)
+
+def _squashed(name: str, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """tanh or erf of z; within Inductor in a faster form that is exact enough for `dtype`."""
+    if not within_inductor():
+        return SQUASHES[name](z)
+    from . import inductor
+
+    return inductor.squashed(name, z, dtype)
 
 
 GRAIN = 32768
@@ -107,8 +114,8 @@ def derf(
     beta: torch.Tensor,
 ) -> torch.Tensor:
     """gamma * erf(alpha * x + shift) + beta, computed in float32 at least, in the dtype of x."""
-    t = torch.erf(alpha * _wide(x) + shift)
-    y = _scaled_and_shifted(t, _wide(gamma), _wide(beta))
+    t = _squashed("erf", alpha * _wide(x) + shift, x.dtype)
+    y = _scaled_and_shifted(t, _wide_parameter(gamma, x), _wide_parameter(beta, x))
     return y.to(x.dtype)
 
 
