@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .dyt import ALPHA, DOMAIN, FORMS, Form
+from .dyt import ALPHA, DOMAIN, FORMS, PARAMETERS, Form
 from .errors import OptionError
-from .tracing import unobserved, within_inductor
+from .tracing import exporting, unobserved, within_inductor
 
 __all__ = ["SQUASHES", "DynamicTanh", "decompositions", "operator", "parameter"]
 
@@ -144,6 +144,12 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., torch.Tensor]]
     return {operator(FORMS[name]): function for name, function in _FUNCTIONS.items()}
 
 
+_WHOLE: dict[tuple[str, ...], Callable[..., torch.Tensor]] = {
+    (form.squash, *form.parameters): operator(form) for form in FORMS.values()
+}
+"""The operators by what they squash with and which parameters they take."""
+
+
 def parameter(
     value: npt.NDArray[Any], name: str, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Parameter:
@@ -200,7 +206,17 @@ class DynamicTanh(torch.nn.Module):
         self.register_parameter("beta", learned(0.0, shape, own) if affine and bias else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The squashed x, of the same shape and dtype."""
+        """The squashed x, of the same shape and dtype.
+
+        Exported it is in operators of torch alone, so that a program runs without this package.
+        """
+        held = {name: value for name in PARAMETERS if (value := getattr(self, name)) is not None}
+        whole = _WHOLE.get((self.squash, *held))
+        if whole is None or exporting():
+            return self._spelled_out(x)
+        return whole(x, *held.values())
+
+    def _spelled_out(self, x: torch.Tensor) -> torch.Tensor:
         y = _wide(x)
         if self.alpha is not None:
             y = self.alpha * y
