@@ -60,8 +60,9 @@ AVX-512 (151,296 float32 values: 57 against 382 µs)."""
 
 def _numpy_is_faster(z: torch.Tensor) -> bool:
     """Whether NumPy computes tanh of z in less time than torch with all its threads, and may."""
-    small = z.numel() <= FASTER * GRAIN or torch.get_num_threads() <= FASTER
-    return small and z.device.type == "cpu" and unobserved(z)
+    if not unobserved(z) or z.device.type != "cpu":
+        return False  # first: to ask for the size of what is traced would lay that down
+    return z.numel() <= FASTER * GRAIN or torch.get_num_threads() <= FASTER
 
 
 def _tanh_of_numpy(z: torch.Tensor) -> torch.Tensor:
