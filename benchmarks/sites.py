@@ -1,9 +1,9 @@
 """One site alone, in torch: `python -m benchmarks.sites [--width N] [--runtime NAME]`.
 
-LayerNorm, RMSNorm, DyT, each with and without the residual add before it, and the bare add, which
-is the memory's limit: 4096 rows, compiled by Inductor and eager. All run in turns, so that what
-else runs on the machine slows all alike; a ratio is of two runs of the same turn. (Lower and upper
-quartile in brackets.)
+LayerNorm, RMSNorm, DyT, Derf, each with and without the residual add before it, and the bare add,
+which is the memory's limit: 4096 rows, compiled by Inductor and eager. All run in turns, so that
+what else runs on the machine slows all alike; a ratio is of two runs of the same turn. (Lower and
+upper quartile in brackets.)
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import dyt_compile.nn  # noqa: F401  registers torch.ops.dyt
 
 ROWS, WIDTHS, DTYPES = 4096, (768, 4096), (torch.float32, torch.bfloat16)
 ALPHA = 0.7
+SHIFT = torch.tensor([0.1])
 
 Site = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -34,9 +35,13 @@ SITES: dict[str, Site] = {
     "LayerNorm": lambda x, r, alpha, gamma, beta: layer_norm(x, gamma.shape, gamma, beta),
     "RMSNorm": lambda x, r, alpha, gamma, beta: rms_norm(x, gamma.shape, gamma),
     "DyT": lambda x, r, alpha, gamma, beta: torch.ops.dyt.DyT(x, alpha, gamma, beta),
+    "Derf": lambda x, r, alpha, gamma, beta: torch.ops.dyt.Derf(x, alpha, SHIFT, gamma, beta),
     "add + LayerNorm": lambda x, r, alpha, gamma, beta: layer_norm(x + r, gamma.shape, gamma, beta),
     "add + RMSNorm": lambda x, r, alpha, gamma, beta: rms_norm(x + r, gamma.shape, gamma),
     "add + DyT": lambda x, r, alpha, gamma, beta: torch.ops.dyt.DyT(x + r, alpha, gamma, beta),
+    "add + Derf": lambda x, r, alpha, gamma, beta: torch.ops.dyt.Derf(
+        x + r, alpha, SHIFT, gamma, beta
+    ),
 }
 RUNTIMES = ("Inductor", "eager")
 AGAINST = ("add", "add + LayerNorm", "add + RMSNorm")

@@ -1,12 +1,14 @@
-"""tanh within Inductor: in C++ kernels as arithmetic that they vectorise, on GPUs the hardware's.
+"""tanh and erf within Inductor: arithmetic that C++ kernels vectorise; on GPUs the hardware's tanh.
 
-Inductor computes tanh on a CPU by one accurate call a lane, which costs more than the whole norm.
-While it traces a model, the operators of `nn` call `dyt::tanh` instead, whose lowering is below;
-eager torch, `torch.export` and ONNX never meet it. Gradients are those of tanh: g (1 - y²).
+On a CPU Inductor computes both by an accurate call, which costs more than the whole norm. While it
+traces a model, the operators of `nn` call `dyt::tanh` and `dyt::erf` instead, whose lowering is
+below; eager torch, `torch.export` and ONNX never meet them. Gradients are those of tanh,
+g (1 - y²), and of erf, g 2/√π exp(-z²).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -18,7 +20,7 @@ from torch._inductor.lowering import make_pointwise, register_lowering
 
 from .dyt import DOMAIN
 
-__all__ = ["RATIONALS", "Rational", "tanh", "wide"]
+__all__ = ["RATIONALS", "Rational", "squashed", "wide"]
 
 ops: Any = virtualized.ops
 
@@ -111,38 +113,56 @@ class Rational:
 
 
 RATIONALS = {
-    torch.bfloat16: Rational(
+    ("tanh", torch.bfloat16): Rational(
         4.1,
         (12.6223078, 1.0),
         (12.6305065, 5.16687965, 0.074977003),
     ),
-    torch.float16: Rational(
+    ("tanh", torch.float16): Rational(
         5.2,
         (1544.12061, 156.933441, 1.0),
         (1544.21545, 671.02887, 19.4330902),
     ),
-    torch.float32: Rational(
+    ("tanh", torch.float32): Rational(
         8.6,
         (4.9436287e10, 6.39845837e9, 145659088.0, 469994.969, -668.539246, 1.0),
         (4.94362911e10, 2.28771983e10, 1.17991654e9, 11453460.0),
         capped=True,
     ),
+    ("erf", torch.bfloat16): Rational(
+        2.5,
+        (-1781.54321, 77.3458023, -18.996151, 1.0),
+        (-1578.17139, -465.903961),
+    ),
+    ("erf", torch.float16): Rational(
+        2.85,
+        (37.8423386, 6.54862261, 1.0),
+        (33.5387917, 16.9518127, 3.26169014, 0.11393255),
+    ),
+    ("erf", torch.float32): Rational(
+        3.8,
+        (503442.5, 81728.8984, 23206.2715, 1565.7843, 128.895691, 1.0),
+        (446164.312, 221151.609, 49667.543, 6449.88184, 498.820312, 17.9634056),
+        capped=True,
+    ),
 }  # fmt: skip
-"""By the dtype of the result, printed by `python -m benchmarks.tanh_fit`.
+"""By function and dtype of the result, printed by `python -m benchmarks.rational_fit`.
 
-The error is below 5e-7 for float32; for bfloat16 and float16 below half an ulp of tanh, so that the
-rounded result is off by less than one.
+The error is below 5e-7 for float32; for bfloat16 and float16 below half an ulp of the result, so
+that it is off by less than one once it is rounded.
 """
 
 HARDWARE = "tanh.approx.f32 $0, $1;"
 """PTX, from compute capability 7.5 on: relative error 2^-11, so enough for bfloat16 alone."""
 
+EXACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"tanh": torch.tanh, "erf": torch.erf}
 
-def tanh(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """tanh of a float32 z, exact enough for a result that is rounded to `dtype`."""
-    if not _has_a_form(z.device, dtype):
-        return torch.tanh(z)
-    found: torch.Tensor = torch.ops.dyt.tanh(z, dtype)
+
+def squashed(name: str, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """tanh or erf of a float32 z, exact enough for a result that is rounded to `dtype`."""
+    if not _has_a_form(name, z.device, dtype):
+        return EXACT[name](z)
+    found: torch.Tensor = getattr(torch.ops.dyt, name)(z, dtype)
     return found
 
 
@@ -158,20 +178,12 @@ def wide(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _has_a_form(device: torch.device, dtype: torch.dtype) -> bool:
+def _has_a_form(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cpu":
-        return config.cpu_backend == "cpp" and dtype in RATIONALS
+        return config.cpu_backend == "cpp" and (name, dtype) in RATIONALS
     hardware = device.type == "cuda" and config.cuda_backend == "triton" and not torch.version.hip
-    return (
-        hardware and dtype is torch.bfloat16 and torch.cuda.get_device_capability(device) >= (7, 5)
-    )
-
-
-_library = torch.library.Library(DOMAIN, "FRAGMENT")
-_library.define("tanh(Tensor z, ScalarType dtype) -> Tensor", tags=(torch.Tag.pointwise,))
-_library.impl("tanh", lambda z, dtype: torch.tanh(z), "CompositeExplicitAutograd")
-_library.define("held(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
-_library.impl("held", lambda x: x.to(torch.float32, copy=True), "CompositeExplicitAutograd")
+    known = name == "tanh" and dtype is torch.bfloat16
+    return hardware and known and torch.cuda.get_device_capability(device) >= (7, 5)
 
 
 def _keep_result(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -183,6 +195,15 @@ def _tanh_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None
     return gradient * (1 - y * y), None
 
 
+def _keep_input(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _erf_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    (z,) = ctx.saved_tensors
+    return gradient * (2 / math.sqrt(math.pi)) * torch.exp(-z * z), None
+
+
 def _keep_dtype(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.dtype = inputs[0].dtype
 
@@ -191,27 +212,48 @@ def _held_backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     return gradient.to(ctx.dtype)
 
 
-torch.library.register_autograd(
-    f"{DOMAIN}::tanh", _tanh_backward, setup_context=_keep_result, lib=_library
-)
-torch.library.register_autograd(
-    f"{DOMAIN}::held", _held_backward, setup_context=_keep_dtype, lib=_library
-)
-
-
 def _hardware(z: Any) -> Any:
     return ops.inline_asm_elementwise(z, asm=HARDWARE, constraints="=f,f", dtype=torch.float32)
 
 
-@register_lowering(torch.ops.dyt.tanh.default, type_promotion_kind=None)
-def _lower_tanh(z: Any, dtype: torch.dtype) -> Any:
-    return make_pointwise(RATIONALS[dtype] if z.get_device().type == "cpu" else _hardware)(z)
+def _lower_squash(name: str) -> Callable[[Any, torch.dtype], Any]:
+    def lower(z: Any, dtype: torch.dtype) -> Any:
+        known = RATIONALS[name, dtype] if z.get_device().type == "cpu" else _hardware
+        return make_pointwise(known)(z)
+
+    return lower
 
 
-@register_lowering(torch.ops.dyt.held.default, type_promotion_kind=None)
 def _lower_held(x: Any) -> Any:
     widened = make_pointwise(
         lambda value: ops.to_dtype(value, torch.float32), override_return_dtype=torch.float32
     )(x)
     widened.realize()
     return widened
+
+
+_library = torch.library.Library(DOMAIN, "FRAGMENT")
+
+
+def _define(
+    name: str,
+    inputs: str,
+    run: Callable[..., torch.Tensor],
+    keep: Callable[..., None],
+    backward: Callable[..., Any],
+    lower: Callable[..., Any],
+) -> None:
+    """An operator for Inductor alone: what it computes elsewhere, its gradient, its lowering."""
+    _library.define(f"{name}({inputs}) -> Tensor", tags=(torch.Tag.pointwise,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_autograd(f"{DOMAIN}::{name}", backward, setup_context=keep, lib=_library)
+    overload = getattr(torch.ops.dyt, name).default
+    register_lowering(overload, type_promotion_kind=None)(lower)
+
+
+_define("tanh", "Tensor z, ScalarType dtype", lambda z, dtype: torch.tanh(z),
+        _keep_result, _tanh_backward, _lower_squash("tanh"))  # fmt: skip
+_define("erf", "Tensor z, ScalarType dtype", lambda z, dtype: torch.erf(z),
+        _keep_input, _erf_backward, _lower_squash("erf"))  # fmt: skip
+_define("held", "Tensor x", lambda x: x.to(torch.float32, copy=True),
+        _keep_dtype, _held_backward, _lower_held)  # fmt: skip

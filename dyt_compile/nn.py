@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .dyt import ALPHA, DOMAIN, FORMS, Form
+from .dyt import ALPHA, DOMAIN, FORMS, PARAMETERS, Form
 from .errors import OptionError
 from .requirements import check_version
-from .tracing import unobserved, within_inductor
+from .tracing import exporting, unobserved, within_inductor
 
 check_version("torch")  # here, since all that works on torch models imports this module
 
@@ -39,11 +39,18 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def _tanh(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """tanh of a z that is needed no more, exact enough for `dtype`."""
-    if within_inductor():
-        from . import inductor
+    if not within_inductor() and _numpy_is_faster(z):
+        return _tanh_of_numpy(z)
+    return _squashed("tanh", z, dtype)
 
-        return inductor.tanh(z, dtype)
-    return _tanh_of_numpy(z) if _numpy_is_faster(z) else torch.tanh(z)
+
+def _squashed(name: str, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """tanh or erf of z; within Inductor in a faster form that is exact enough for `dtype`."""
+    if not within_inductor():
+        return SQUASHES[name](z)
+    from . import inductor
+
+    return inductor.squashed(name, z, dtype)
 
 
 GRAIN = 32768
@@ -56,8 +63,9 @@ AVX-512 (151,296 float32 values: 57 against 382 µs)."""
 
 def _numpy_is_faster(z: torch.Tensor) -> bool:
     """Whether NumPy computes tanh of z in less time than torch with all its threads, and may."""
-    small = z.numel() <= FASTER * GRAIN or torch.get_num_threads() <= FASTER
-    return small and z.device.type == "cpu" and unobserved(z)
+    if not unobserved(z) or z.device.type != "cpu":
+        return False  # first: to ask for the size of what is traced would lay that down
+    return z.numel() <= FASTER * GRAIN or torch.get_num_threads() <= FASTER
 
 
 def _tanh_of_numpy(z: torch.Tensor) -> torch.Tensor:
@@ -110,8 +118,8 @@ def derf(
     beta: torch.Tensor,
 ) -> torch.Tensor:
     """gamma * erf(alpha * x + shift) + beta, computed in float32 at least, in the dtype of x."""
-    t = torch.erf(alpha * _wide(x) + shift)
-    y = _scaled_and_shifted(t, _wide(gamma), _wide(beta))
+    t = _squashed("erf", alpha * _wide(x) + shift, x.dtype)
+    y = _scaled_and_shifted(t, _wide_parameter(gamma, x), _wide_parameter(beta, x))
     return y.to(x.dtype)
 
 
@@ -138,6 +146,12 @@ def operator(form: Form) -> torch._ops.OpOverload:
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., torch.Tensor]]:
     """Each operator with its formula in operators of torch, for `run_decompositions`."""
     return {operator(FORMS[name]): function for name, function in _FUNCTIONS.items()}
+
+
+_WHOLE: dict[tuple[str, ...], Callable[..., torch.Tensor]] = {
+    (form.squash, *form.parameters): operator(form) for form in FORMS.values()
+}
+"""The operators by what they squash with and which parameters they take."""
 
 
 def parameter(
@@ -196,7 +210,17 @@ class DynamicTanh(torch.nn.Module):
         self.register_parameter("beta", learned(0.0, shape, own) if affine and bias else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The squashed x, of the same shape and dtype."""
+        """The squashed x, of the same shape and dtype.
+
+        Exported it is in operators of torch alone, so that a program runs without this package.
+        """
+        held = {name: value for name in PARAMETERS if (value := getattr(self, name)) is not None}
+        whole = _WHOLE.get((self.squash, *held))
+        if whole is None or exporting():
+            return self._spelled_out(x)
+        return whole(x, *held.values())
+
+    def _spelled_out(self, x: torch.Tensor) -> torch.Tensor:
         y = _wide(x)
         if self.alpha is not None:
             y = self.alpha * y

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["unobserved", "within_inductor"]
+__all__ = ["exporting", "unobserved", "within_inductor"]
 
 
 def within_inductor() -> bool:
@@ -30,6 +30,11 @@ def within_inductor() -> bool:
         return bool(state.aot_compilation) or not isinstance(state.fake_mode, module.NullHandler)
     except AttributeError:  # of a release that keeps its state elsewhere
         return False
+
+
+def exporting() -> bool:
+    """Whether `torch.export` or `torch.jit.trace` makes a program of what runs now."""
+    return torch.compiler.is_exporting() or _script() is not None
 
 
 def unobserved(z: torch.Tensor) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 import dyt_compile
 from dyt_compile.dyt import LLAMA_ALPHAS, initial_alpha
@@ -80,6 +83,37 @@ def test_narrow_module_computes_in_float32() -> None:
     x = _x(64, WIDTH, dtype=torch.bfloat16)
     expected = module.gamma.float() * torch.tanh(module.alpha * x.float()) + module.beta.float()
     assert torch.equal(module(x), expected.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("squash", ["tanh", "erf"])
+@pytest.mark.parametrize(("affine", "bias"), [(True, True), (False, False)])
+def test_compiled_module_is_one_kernel_without_calls_and_trains(
+    squash: str, affine: bool, bias: bool
+) -> None:
+    module = _filled(DynamicTanh(16, squash=squash, affine=affine, bias=bias))
+    x = _x(24, 16, dtype=torch.float32)
+    torch.compiler.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(torch.compile(module, fullgraph=True), x)
+        compiled = torch.compile(copy.deepcopy(module), fullgraph=True)
+        (compiled(x) ** 2).sum().backward()
+    whole = squash == "tanh" or affine  # else there is no operator of ours that fits
+    assert (f"{squash}(" not in "".join(codes)) == whole
+    (module(x) ** 2).sum().backward()
+    for ours, exact in zip(compiled.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, exact.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_exported_module_holds_operators_of_torch_alone() -> None:
+    module = _filled(DynamicTanh(WIDTH))
+    x = _x(4, WIDTH, dtype=torch.float32)
+    for strict in (True, False):
+        code = torch.export.export(module, (x,), strict=strict).graph_module.code
+        assert "tanh" in code
+        assert "ops.dyt" not in code
+    assert "dyt::" not in str(torch.jit.trace(module, (x,)).graph)
+    assert list(module.state_dict()) == ["alpha", "gamma", "beta"]
+    torch.testing.assert_close(pickle.loads(pickle.dumps(module))(x), module(x))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dyt_compile import Report, write_report
-from dyt_compile.report.records import RefitReport
+from dyt_compile.report.records import QuantizationReport, RefitReport
 
 from .models import HOSTILE, converted, recovered
 
@@ -202,6 +202,31 @@ def test_page_lists_what_was_refitted(
     )
     assert [row[0] for row in rows] == [refit.name for refit in moved]
     assert [float(row[1]) for row in rows] == pytest.approx([r.before for r in moved], rel=0.01)
+    assert not _wider(browser)
+    assert browser.errors() == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_page_lists_what_is_over_eight_bits_and_what_was_left(
+    browser: Browser, report: Report, tmp_path: Path, width: int
+) -> None:
+    left = (("b.norm", "read by `b`, left: the budget", "b"),)
+    told = QuantizationReport(
+        "int8",
+        "any",
+        1,
+        (("a.norm", 1.0, ("a",)),),
+        left,
+        over_budget=1,
+        alone={"a": 0.1, "b": 0.2},
+    )
+    browser.open(_write(replace(report, quantized=told), tmp_path), width=width)
+    cells = browser.run(
+        "return [...document.querySelectorAll('#quantized-table tbody tr')].map((row) =>"
+        " [...row.cells].map((cell) => cell.textContent))"
+    )
+    assert [row[:3] for row in cells] == [["a.norm", "a", "int8"], ["b.norm", "b", "float"]]
+    assert cells[1][-1] == left[0][1]
     assert not _wider(browser)
     assert browser.errors() == []
 

@@ -1,29 +1,53 @@
-"""Where the coefficients of `dyt_compile.inductor` come from: `python -m benchmarks.tanh_fit`.
+"""Where the coefficients of `dyt_compile.inductor` come from: `python -m benchmarks.rational_fit`.
 
-Least greatest error of z P(z²) / Q(z²) against tanh, counted in what the dtype allows, by Lawson's
-reweighted least squares on the linearised error (Lawson 1961; Sanathanan and Koerner 1963). At
-`limit` it is 1. Seconds on one core.
+Least greatest error of z P(z²) / Q(z²) against tanh or erf, counted in what the dtype allows, by
+Lawson's reweighted least squares on the linearised error (Lawson 1961; Sanathanan and Koerner
+1963). At `limit` it is 1. Seconds on one core.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from numpy.polynomial import chebyshev, polynomial
 
 Array = npt.NDArray[Any]
 
-FORMS = {
-    "bfloat16": (4.1, 1, 2, 8),
-    "float16": (5.2, 2, 2, 11),
-    "float32": (8.6, 5, 3, None),
-}
-"""By dtype: limit, degrees of P and Q in z², bits of the significand (None: a bound for all z).
 
-Of the forms whose error, with that of float32 arithmetic, stays below what is allowed, the one of
-the fewest operations; the limit is about where its error is least.
+@dataclass(frozen=True)
+class Squash:
+    """What is approximated, and its inverse; both of float64."""
+
+    value: Callable[[Array], Array]
+    inverse: Callable[[Array], Array]
+
+
+SQUASHES = {
+    "tanh": Squash(np.tanh, np.arctanh),
+    "erf": Squash(
+        lambda x: torch.special.erf(torch.from_numpy(x)).numpy(),
+        lambda y: torch.special.erfinv(torch.from_numpy(y)).numpy(),
+    ),
+}
+
+FORMS = {
+    ("tanh", "bfloat16"): (4.1, 1, 2, 8),
+    ("tanh", "float16"): (5.2, 2, 2, 11),
+    ("tanh", "float32"): (8.6, 5, 3, None),
+    ("erf", "bfloat16"): (2.5, 3, 1, 8),
+    ("erf", "float16"): (2.85, 2, 3, 11),
+    ("erf", "float32"): (3.8, 5, 5, None),
+}
+"""By function and dtype: limit, degrees of P and Q in z², bits of the significand (None: a bound
+for all z).
+
+Of the forms whose error, with that of float32 arithmetic, stays below half of what is allowed, the
+one of the fewest operations; the limit is about where its error is least.
 """
 
 FLOAT32_BOUND = 5e-7
@@ -39,18 +63,24 @@ def allowed(t: Array, bits: int | None) -> Array:
     return 2.0 ** (np.floor(np.log2(t)) - bits)
 
 
-def places(limit: float, bits: int | None) -> Array:
-    """Chebyshev points above 0, and both sides of every binade of tanh, where the ulp jumps."""
+def places(squash: Squash, limit: float, bits: int | None) -> Array:
+    """Chebyshev points above 0, and both sides of every binade of y, where the ulp jumps."""
     x = limit * (1 - np.cos(np.linspace(0, np.pi, POINTS)))[1:] / 2
-    jumps = np.arctanh(2.0 ** -np.arange(1, 2 + (bits or 0)))
+    jumps = squash.inverse(2.0 ** -np.arange(1, 2 + (bits or 0)))
     jumps = jumps[jumps < limit]
     return np.unique(np.concatenate([x, jumps * (1 - 1e-7), jumps * (1 + 1e-7)]))
 
 
-def fit(limit: float, above: int, below: int, bits: int | None) -> tuple[float, Array, Array]:
-    """The error, in what is allowed, and P and Q, lowest power first, P's highest one 1."""
-    x = places(limit, bits)
-    t, scale = np.tanh(x), allowed(np.tanh(x), bits)
+def fit(
+    name: str, limit: float, above: int, below: int, bits: int | None
+) -> tuple[float, Array, Array]:
+    """The error, in what is allowed, and P and Q, lowest power first, P's highest one 1.
+
+    name: of SQUASHES.
+    """
+    x = places(SQUASHES[name], limit, bits)
+    t = SQUASHES[name].value(x)
+    scale = allowed(t, bits)
     low, high = (chebyshev.chebvander(2 * (x / limit) ** 2 - 1, n) for n in (above, below))
     numerator, denominator = low * x[:, None], high
     linear = np.hstack([numerator, -denominator * t[:, None]])
@@ -110,14 +140,14 @@ def settle(limit: float, p: Array, q: Array) -> tuple[Array, Array]:
 
 
 def main() -> None:
-    """Print one entry of the table a dtype."""
-    for dtype, (limit, above, below, bits) in FORMS.items():
-        error, p, q = fit(limit, above, below, bits)
+    """Print one entry of the table a function and dtype."""
+    for (name, dtype), (limit, above, below, bits) in FORMS.items():
+        error, p, q = fit(name, limit, above, below, bits)
         p, q = settle(limit, p, q)
         told = (", ".join(f"{float(value):.9g}" for value in part) for part in (p, q))
-        print(f"{dtype}: limit {limit}, error {error:.3f} of what is allowed")
-        for name, values in zip(("above", "below"), told, strict=True):
-            print(f"    {name} ({values})")
+        print(f"{name}, {dtype}: limit {limit}, error {error:.3f} of what is allowed")
+        for label, values in zip(("above", "below"), told, strict=True):
+            print(f"    {label} ({values})")
 
 
 if __name__ == "__main__":
