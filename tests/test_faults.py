@@ -24,6 +24,8 @@ from dyt_compile.requirements import check_version
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
 
+measured = pytest.mark.skipif(not RESULTS.exists(), reason="benchmarks.faults has not been run")
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults are caused as Linux does")
 
 
@@ -70,6 +72,7 @@ def test_blows_fall_before_every_step_and_at_other_times() -> None:
     assert all(1 <= blow.cut < 1000 for blow in blows if blow.cut is not None)
 
 
+@measured
 def test_results_lost_nothing_and_killed_two_hundred() -> None:
     results = json.loads(RESULTS.read_text())
     assert lost(results) == []
@@ -82,6 +85,7 @@ def test_results_lost_nothing_and_killed_two_hundred() -> None:
     assert results["recover"]["recover"]["worst_difference"] <= 1e-6
 
 
+@measured
 def test_page_is_what_the_results_render_to() -> None:
     assert PAGE.read_text(encoding="utf-8") == render(json.loads(RESULTS.read_text()))
 
