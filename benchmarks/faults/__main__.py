@@ -4,6 +4,8 @@ Every fault is caused on purpose, as often as docs/reliability.md says, and what
 is written into benchmarks/results/faults.json, from which that page is made. Needs Linux; as root
 it also fills small disks of its own.
 
+What is found replaces the same rows of the results.
+
 Usage: python -m benchmarks.faults [kills recover disk targets pairs input memory packages]
 [--kills 25] [--sizes 8] [--rounds 10] [--only REGEX] [--folder FOLDER] [-o FILE]
 """
@@ -17,7 +19,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from dyt_compile.files import replaced
 from dyt_compile.report import environment
 
 from .disks import fill, misplace, pair
-from .kills import kill_all, kill_recover
+from .kills import Found, kill_all, kill_recover
 from .shortages import cut_input, lack_memory, lack_packages
 from .subjects import CASES, TORCH, prepare
 from .table import lost, write_page
@@ -34,10 +36,7 @@ from .table import lost, write_page
 RESULTS = Path(__file__).parents[1] / "results" / "faults.json"
 
 
-WARM = (
-    ["convert", *TORCH, "--mode", "all", "-o", "out.pt2"],
-    ["recover", *TORCH, "--steps", "2", "-o", "out.safetensors"],
-)
+WARM = ["convert", *TORCH, "--mode", "all", "-o", "out.pt2"]
 
 
 def tell(line: str) -> None:
@@ -63,9 +62,8 @@ def warm(folder: Path) -> None:
     os.chdir(folder)
     example = (torch.zeros(2, 2),)
     torch.onnx.export(torch.nn.Linear(2, 2), example, dynamo=True, verbose=False)
-    for command in WARM:
-        with contextlib.suppress(SystemExit):
-            cli(command)
+    with contextlib.suppress(SystemExit):
+        cli(WARM)
     os.chdir(here)
 
 
@@ -82,29 +80,36 @@ def main() -> None:
     cases = [case for case in CASES if re.search(options.only, case.name) and case.can_run]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        warm(folder / "warm")
-        tell(f"warm, {len(list(Path('/proc/self/task').iterdir()))} threads")
-        parts: dict[str, Callable[[], Any]] = {
-            "kills": lambda: kill_all(folder, cases, options.kills, tell),
-            "recover": lambda: kill_recover(folder / "recover", options.kills, tell),
-            "disk": lambda: fill(folder, cases, options.sizes, tell),
-            "targets": lambda: misplace(folder, cases, tell),
-            "pairs": lambda: pair(folder, cases, options.rounds, tell),
-            "input": lambda: cut_input(folder, tell),
-            "memory": lambda: lack_memory(folder, tell),
-            "packages": lambda: lack_packages(folder, tell),
+        if any(case.share < 1 for case in cases):
+            warm(folder / "warm")
+        parts: dict[str, Callable[[], Iterable[Found]]] = {
+            "kills": lambda: kill_all(folder, cases, options.kills),
+            "recover": lambda: kill_recover(folder / "recover", options.kills),
+            "disk": lambda: fill(folder, cases, options.sizes),
+            "targets": lambda: misplace(folder, cases),
+            "pairs": lambda: pair(folder, cases, options.rounds),
+            "input": lambda: cut_input(folder),
+            "memory": lambda: lack_memory(folder),
+            "packages": lambda: lack_packages(folder),
         }
         found = json.loads(options.o.read_text()) if options.o.exists() else {}
         for part in options.parts or parts:
-            found[part] = parts[part]()
-            found["environment"] = {
-                **environment(), "machine": platform.machine(), "cores": os.cpu_count()
-            }  # fmt: skip
-            with replaced(options.o) as path:
-                path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        if options.o == RESULTS:
-            write_page(found)
+            for name, row in parts[part]():
+                tell(f"{part}, {name}: {row}")
+                found.setdefault(part, {})[name] = row
+                _save(found, options.o)
     tell(f"lost: {'; '.join(lost(found)) or 'nothing'}")
+
+
+def _save(found: dict[str, Any], path: Path) -> None:
+    """Write all that was found so far: a run that is stopped keeps it."""
+    found["environment"] = {
+        **environment(), "machine": platform.machine(), "cores": os.cpu_count()
+    }  # fmt: skip
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if path == RESULTS:
+        write_page(found)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .kills import Found
 from .places import Place, found_at, one_line
 from .subjects import Case, command, state
 
@@ -55,9 +56,8 @@ def _remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
-def fill(folder: Path, cases: Sequence[Case], sizes: int, tell: Callable[[str], None]) -> list[Row]:
+def fill(folder: Path, cases: Sequence[Case], sizes: int) -> Iterator[Found]:
     """Every command on disks of several sizes that are too small, and on some that suffice."""
-    rows = []
     for number, case in enumerate(cases):
         place = Place(folder / f"disk{number}")
         place.done(case.old)
@@ -78,7 +78,7 @@ def fill(folder: Path, cases: Sequence[Case], sizes: int, tell: Callable[[str], 
             count = os.statvfs(place.home)
             inodes = count.f_files - count.f_ffree
             _try(place, case, (old, new), names, row, f"nr_inodes={inodes}")
-        rows.append(_told(row, tell))
+        yield _told(row)
         row = _row(f"{case.name}: too small a disk for temporary files")
         place.keep()
         for size in range(1, several if case.verb in ("calibrate", "build") else 1):
@@ -86,8 +86,7 @@ def fill(folder: Path, cases: Sequence[Case], sizes: int, tell: Callable[[str], 
                 _try(place, case, (old, new), names, row)
             place.restore()
         if row["tried"]:
-            rows.append(_told(row, tell))
-    return rows
+            yield _told(row)
 
 
 def _try(
@@ -111,15 +110,13 @@ def _try(
         _note(row, "told otherwise", end.printed[-500:])
 
 
-def _told(row: Row, tell: Callable[[str], None]) -> Row:
-    row["ended"] = dict(row["ended"])
-    tell(f"{row['what']}: {row['ended']}")
-    return row
+def _told(row: Row) -> Found:
+    return row["what"], {**row, "ended": dict(row["ended"])}
 
 
-def misplace(folder: Path, cases: Sequence[Case], tell: Callable[[str], None]) -> list[Row]:
+def misplace(folder: Path, cases: Sequence[Case]) -> Iterator[Found]:
     """Every command whose target is a folder or a link, or lies where nothing may be written."""
-    rows = {}
+    rows: dict[str, Row] = {}
     for number, case in enumerate(cases):
         place = Place(folder / f"target{number}")
         place.done(case.old)
@@ -132,7 +129,7 @@ def misplace(folder: Path, cases: Sequence[Case], tell: Callable[[str], None]) -
             row = rows.setdefault(what, _row(what))
             place.restore()
             _note(row, *odd(place, case, (old, new), ended))
-    return [_told(row, tell) for row in rows.values()]
+    yield from map(_told, rows.values())
 
 
 def _oddities() -> Sequence[tuple[str, Callable[..., Any], str]]:
@@ -234,11 +231,8 @@ def _missing(place: Place, case: Case, _: Any, good: str) -> Odd:
     return _refused(place, work, good)
 
 
-def pair(
-    folder: Path, cases: Sequence[Case], rounds: int, tell: Callable[[str], None]
-) -> list[Row]:
+def pair(folder: Path, cases: Sequence[Case], rounds: int) -> Iterator[Found]:
     """Two processes that write one target at once, in different versions."""
-    rows = []
     for number, case in enumerate(cases):
         if case.target == "source.onnx":
             continue  # which one of them reads
@@ -258,5 +252,4 @@ def pair(
             whole = found_at(target, {old: "that of one", new: "that of one"})
             clean = place.names() in names
             _note(row, whole if done and clean else f"{[end.status for end in ends]}, {whole}")
-        rows.append(_told(row, tell))
-    return rows
+        yield _told(row)

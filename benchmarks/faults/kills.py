@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from .killing import Blow
 from .places import Place, found_at
 from .subjects import Case, command, state
 
-__all__ = ["RECOVER", "kill_all", "kill_recover", "placed"]
+__all__ = ["Found", "kill_all", "kill_recover", "placed"]
 
-RECOVER = "recover, from its checkpoints"
+Found = tuple[str, dict[str, Any]]
+"""A name, and what is to be told of it."""
+
 STEPS = 40
 IN_A_ROW = 4
 
@@ -42,17 +44,11 @@ class Tally:
         }  # fmt: skip
 
 
-def kill_all(
-    folder: Path, cases: Sequence[Case], kills: int, tell: Callable[[str], None]
-) -> dict[str, Any]:
-    """Kill every command about so many times."""
-    found = {}
+def kill_all(folder: Path, cases: Sequence[Case], kills: int) -> Iterator[Found]:
+    """Kill every command about so many times, less where it takes seconds."""
     for number, case in enumerate(cases):
-        found[case.name] = _kill(
-            case, folder / f"case{number}", round(kills * case.share)
-        ).to_dict()
-        tell(f"{case.name}: {found[case.name]}")
-    return found
+        tally = _kill(case, folder / f"case{number}", round(kills * case.share))
+        yield case.name, tally.to_dict()
 
 
 def _kill(case: Case, folder: Path, kills: int) -> Tally:
@@ -122,7 +118,7 @@ def _told(blow: Blow) -> str:
     return "at a random time" if blow.after is not None else "within a write"
 
 
-def kill_recover(folder: Path, kills: int, tell: Callable[[str], None]) -> dict[str, Any]:
+def kill_recover(folder: Path, kills: int) -> Iterator[Found]:
     """Kill `recover`, up to four times in a row, let it go on, and compare what it ends with."""
     place = Place(folder)
     target, checkpoint = place.home / "out.safetensors", place.home / "out.safetensors.checkpoint"
@@ -149,11 +145,10 @@ def kill_recover(folder: Path, kills: int, tell: Callable[[str], None]) -> dict[
         place.done(work)
         differences.append(_difference(undisturbed, _weights(target)))
         tally.left += sorted(place.names() ^ expected)
-        tell(f"{RECOVER}: {sum(tally.killed.values())} killed, difference {differences[-1]:.2g}")
     tally.more = {
         "runs": len(differences), "went_on": int(resumed), "worst_difference": max(differences)
     }  # fmt: skip
-    return tally.to_dict()
+    yield "recover", tally.to_dict()
 
 
 def _ended(place: Place, work: Callable[[], object], blow: Blow, tally: Tally) -> bool:

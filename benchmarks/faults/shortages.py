@@ -7,13 +7,14 @@ import resource
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .kills import Found
 from .places import Place, one_line
 from .subjects import WIDTH, command
 
@@ -41,7 +42,7 @@ CUT = (
 )  # fmt: skip
 
 
-def cut_input(folder: Path, tell: Callable[[str], None]) -> list[Row]:
+def cut_input(folder: Path) -> Iterator[Found]:
     """Commands whose input ends too early, as one that is still being copied does."""
     place = Place(folder / "input")
     place.done(command("calibrate", "model.onnx", "--data", "data.npz", "-o", "fits.safetensors"))
@@ -49,7 +50,6 @@ def cut_input(folder: Path, tell: Callable[[str], None]) -> list[Row]:
         command("convert", "network.py:load", "--data", "network.py:batches", "-o", "out.pt2")
     )
     (place.home / "new.onnx.checkpoint").write_bytes((place.home / "fits.safetensors").read_bytes())
-    rows = []
     for name, what, arguments in CUT:
         row: Row = {"what": f"{what} cut short", "tried": 0, "ended": Counter(), "told": []}
         path = place.home / name
@@ -64,10 +64,7 @@ def cut_input(folder: Path, tell: Callable[[str], None]) -> list[Row]:
             row["ended"]["refused, nothing written" if refused else f"{end.printed[-300:]}"] += 1
             row["told"] = [line]
         path.write_bytes(whole)
-        row["ended"] = dict(row["ended"])
-        tell(f"{row['what']}: {row['ended']} {row['told']}")
-        rows.append(row)
-    return rows
+        yield row["what"], {**row, "ended": dict(row["ended"])}
 
 
 MANY = 200_000
@@ -84,14 +81,13 @@ MEGABYTES = (8, 32, 64, 100, 150, 200, 300, 400, 600, 800)
 """Of address space, on top of what a process has that has done nothing yet."""
 
 
-def lack_memory(folder: Path, tell: Callable[[str], None]) -> list[Row]:
+def lack_memory(folder: Path) -> Iterator[Found]:
     """Commands in less and less memory: done, or one line that says so."""
     place = Place(folder / "memory")
     random = np.random.default_rng(0)
     np.savez(place.home / "many.npz", x=random.normal(size=(MANY, WIDTH)).astype(np.float32))
     many = random.normal(size=(MANY // 3, 3, WIDTH)).astype(np.float32)
     np.savez(place.home / "many3.npz", input=many)
-    rows = []
     for arguments in SOME:
         row: Row = {
             "what": f"too little memory: {' '.join(arguments[:2])}", "tried": 0,
@@ -114,10 +110,7 @@ def lack_memory(folder: Path, tell: Callable[[str], None]) -> list[Row]:
                 row["ended"][f"{end.status} at {megabytes} MB: {end.printed[-300:]}"] += 1
             for path in place.home.glob("*.checkpoint"):
                 path.unlink()
-        row["ended"] = dict(row["ended"])
-        tell(f"{row['what']}: {row['ended']} {row['told']}")
-        rows.append(row)
-    return rows
+        yield row["what"], {**row, "ended": dict(row["ended"])}
 
 
 def _limited(work: Callable[[], object], more_bytes: int) -> None:
@@ -159,24 +152,21 @@ main(sys.argv[1:])
 """
 
 
-def lack_packages(folder: Path, tell: Callable[[str], None]) -> list[Row]:
+def lack_packages(folder: Path) -> Iterator[Found]:
     """Commands without a package or a device: one line that names what to do."""
     place = Place(folder / "packages")
-    rows = []
     for what, names, arguments, fix in LACKING:
         before = place.names()
         end = place.run(partial(_without, names, command(*arguments)))
-        rows.append(_judged(what, end.status, one_line(end), fix, place.names() == before))
-        tell(f"{what}: {rows[-1]['ended']} {end.printed[-300:]}")
+        yield what, _judged(what, end.status, one_line(end), fix, place.names() == before)
     done = subprocess.run(
         [sys.executable, "-c", OLD_TORCH, *TORCH],
         cwd=place.home, capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = done.stderr.splitlines()
     line = lines[-1] if lines and "Traceback" not in done.stderr else None
-    rows.append(_judged("torch 2.4.1", done.returncode, line, "pip install --upgrade", True))
-    tell(f"torch 2.4.1: {rows[-1]['ended']} {done.stderr[-300:]}")
-    return rows
+    what = "torch 2.4.1"
+    yield what, _judged(what, done.returncode, line, "pip install --upgrade", True)
 
 
 def _judged(what: str, status: int, line: str | None, fix: str, clean: bool) -> Row:

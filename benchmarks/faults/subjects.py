@@ -166,6 +166,7 @@ CASES = (
     ),
     Case(
         "build", "build", _engine("small.onnx"), _engine("model.onnx"), "out.plan", "tensorrt_rtx",
+        share=0.6,
     ),
     Case(
         "calibrate from ONNX, activations in files", "calibrate",

@@ -111,13 +111,13 @@ def render(results: Mapping[str, Any]) -> str:
         bare = sum(tally.get("without_json", 0) for tally in results["kills"].values())
         parts.append(BUILD.format(bare=bare).rstrip())
     if "recover" in results:
-        parts.append(_recover(results["recover"]).rstrip())
+        parts += [_recover(tally).rstrip() for tally in results["recover"].values()]
     for name, text, rows in (
         ("disk", DISK, _endings), ("targets", TARGETS, _endings), ("pairs", PAIRS, _endings),
         ("input", INPUT, _lines), ("memory", MEMORY, _endings), ("packages", PACKAGES, _lines),
     ):  # fmt: skip
         if name in results:
-            parts += [text.rstrip(), rows(results[name])]
+            parts += [text.rstrip(), rows(list(results[name].values()))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -134,7 +134,7 @@ def lost(results: Mapping[str, Any]) -> list[str]:
         found += [f"{name}: {what}" for what in tally["found"] if "half" in what]
         found += [f"{name}: left {file}" for file in tally["left"]]
     for part in ("disk", "targets", "pairs", "input", "memory", "packages"):
-        for row in results.get(part, ()):
+        for row in results.get(part, {}).values():
             found += [f"{row['what']}: {end}" for end in row["ended"] if not _is_good(part, end)]
     return found
 
@@ -159,13 +159,12 @@ def _is_good(part: str, end: str) -> bool:
 
 def _tallies(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from results.get("kills", {}).items()
-    if "recover" in results:
-        yield "recover", results["recover"]
+    yield from results.get("recover", {}).items()
 
 
 def _summary(results: Mapping[str, Any]) -> str:
     count = [sum(t["killed"].get(way, 0) for _, t in _tallies(results)) for way in WAYS]
-    others = sum(row["tried"] for part in GOOD for row in results.get(part, ()))
+    others = sum(row["tried"] for part in GOOD for row in results.get(part, {}).values())
     found = lost(results)
     return (
         f"**{count[0] + count[1]} runs ended by SIGKILL, {count[2]} within a write, {others} other "
