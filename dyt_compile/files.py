@@ -29,9 +29,13 @@ def replaced(target: Path) -> Iterator[Path]:
         raise ExportError(f"cannot write {str(target)!r}: {error.strerror}") from error
     with folder as name:
         temporary = Path(name) / target.name
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files of its own
+        temporary.unlink()
         yield temporary
         try:
             for companion in sorted(Path(name).iterdir()):
+                companion.chmod(mode)
                 if companion != temporary:
                     companion.replace(target.parent / companion.name)
             temporary.replace(target)

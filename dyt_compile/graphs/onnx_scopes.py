@@ -42,8 +42,8 @@ class Scopes:
             return next(iter(_read_paths(node)), None) or self._path(_levels(node))
         try:
             path = ast.literal_eval(scopes)
-        except (SyntaxError, ValueError):
-            return ""
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+            return ""  # anyone may write there; the last two are those of a deep nesting
         return str(path[-2]) if isinstance(path, list) and len(path) > 1 else ""
 
     def _path(self, scope: Scope) -> str:
