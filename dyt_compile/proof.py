@@ -37,8 +37,9 @@ machine epsilon, 0.0078; activations that matter are not smaller."""
 LARGEST_PROBE = 1 << 19
 """Elements; views of larger values are not followed, so that no proof takes long."""
 
-LARGEST_PIECE = 1 << 26
-"""Elements that a piece is run on; no norm has more, but a file may say anything."""
+LARGEST_PIECE, LARGEST_AXIS = 1 << 24, 1 << 18
+"""Elements that a piece is run on, and those of the axis that it normalizes: a file may say that
+there are more, and a proof would take as long."""
 
 NO_NORM = "its result is not its input divided by one number a row"
 
@@ -172,7 +173,7 @@ def _identify_over(piece: Piece, axes: tuple[int, ...]) -> Proof | Miss:
     if not _same_shape(piece.input, piece.output):
         return Miss("its result has another shape than its input", near=False)
     if _too_large(piece, axes, constants):
-        return Miss(f"it is over more than {LARGEST_PIECE} elements, which is too much to prove")
+        return Miss(f"it is over more than {LARGEST_AXIS} elements, which is too much to prove")
     x = _probe(piece, axes, constants)
     values = {value: _random(value, seed) for seed, value in enumerate(constants)}
     y = _run(piece, x, values)
@@ -363,7 +364,8 @@ def _too_large(piece: Piece, axes: tuple[int, ...], constants: Sequence[Value]) 
         for place in range(-rank, 0)
         if constants or place in axes
     )
-    return math.prod(largest) > LARGEST_PIECE
+    lengths = [_length(value, axis) for value in (*constants, piece.input) for axis in axes]
+    return math.prod(largest) > LARGEST_PIECE or max(lengths) > LARGEST_AXIS
 
 
 def _size(shape: Sequence[int | None]) -> int:

@@ -257,7 +257,7 @@ def _change_tensor(model: onnx.ModelProto, random: Random) -> None:
 def _fill_tensor(model: onnx.ModelProto, random: Random) -> None:
     """Weights of NaN, infinity, zero, huge, or axes out of range."""
     tensor = _tensor(model, random)
-    if tensor is None or tensor.data_type not in (1, 7, 10):
+    if tensor is None or tensor.data_location or tensor.data_type not in (1, 7, 10):
         return
     array = numpy_helper.to_array(tensor).copy()
     with np.errstate(all="ignore"):

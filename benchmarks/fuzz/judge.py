@@ -37,8 +37,8 @@ class FaultError(Exception):
     """What must not be."""
 
 
-def judged(case: Case, folder: Path) -> str:
-    """ "taken", or the name of the error with which the case was refused.
+def judged(case: Case, folder: Path) -> tuple[str, str]:
+    """ "taken", or the name of the error with which the case was refused; and its message.
 
     folder: is emptied, and gets the case's files. Raises FaultError.
     """
@@ -60,7 +60,7 @@ def judged(case: Case, folder: Path) -> str:
     if "Traceback" in said.getvalue():
         raise FaultError("a traceback")
     if status == 0:
-        return "taken"
+        return "taken", ""
     line = LINE.search(said.getvalue())
     if status != 1 or line is None:
         raise FaultError(f"status {status}, and said {said.getvalue()[-200:]!r}")
@@ -68,7 +68,7 @@ def judged(case: Case, folder: Path) -> str:
         raise FaultError(f"said {line[0].strip()[:300]!r}, which is none of our errors")
     if left:
         raise FaultError(f"refused with {line[1]}, and left {sorted(left)}")
-    return line[1]
+    return line[1], line[0].partition(": ")[2].strip()
 
 
 def _status(case: Case) -> int:

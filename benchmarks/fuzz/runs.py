@@ -9,16 +9,14 @@ import select
 import signal
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from .cases import case
+from .cases import Case
 from .judge import FaultError, judged
 
-__all__ = ["HANG_SECONDS", "Tally", "run"]
+__all__ = ["HANG_SECONDS", "Result", "run"]
 
 HANG_SECONDS = 10.0
 """Of processor time: other work on the machine has no part in it."""
@@ -28,43 +26,48 @@ MEMORY_BYTES = 6 << 30
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
-
-@dataclass
-class Tally:
-    """Of one kind: how often each came out, what was wrong, and the longest case."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    faults: list[tuple[int, str]] = field(default_factory=list)
-    longest: tuple[float, int] = (0.0, -1)
-
-    def add(self, number: int, outcome: str, fault: str | None, seconds: float) -> None:
-        """Count one case."""
-        self.outcomes[outcome] += 1
-        self.longest = max(self.longest, (seconds, number))
-        if fault is not None:
-            self.faults.append((number, fault))
+Make = Callable[[int], Case]
 
 
-def run(kind: str, numbers: Iterable[int]) -> Iterator[tuple[int, str, str | None, float]]:
-    """Number, outcome, fault and seconds of processor time of each case, in order."""
+@dataclass(frozen=True)
+class Result:
+    """What became of one case: "taken", the name of the error that refused it, or what is wrong.
+
+    outcome: "crash", "hang" and "fault" are wrong. message: of the error. seconds: of processor
+    time.
+    """
+
+    number: int
+    outcome: str
+    message: str = ""
+    seconds: float = 0.0
+
+    @property
+    def wrong(self) -> bool:
+        """Whether this must not be."""
+        return self.outcome in ("crash", "fault", "hang")
+
+
+def run(make: Make, numbers: Iterable[int]) -> Iterator[Result]:
+    """The result of each case, in order; make: gives the case of a number."""
     left = list(numbers)
     while left:
         before = len(left)
-        for result in _worked(kind, left):
-            left.remove(result[0])
+        for result in _worked(make, left):
+            left.remove(result.number)
             yield result
         if len(left) == before:
-            raise RuntimeError(f"a worker ended before case {left[0]} of {kind!r} began")
+            raise RuntimeError(f"a worker ended before case {left[0]} began")
 
 
-def _worked(kind: str, numbers: list[int]) -> Iterator[tuple[int, str, str | None, float]]:
+def _worked(make: Make, numbers: list[int]) -> Iterator[Result]:
     """The cases that one worker gets through, and the one that ends it."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         try:
-            _work(kind, numbers, write)
+            _work(make, numbers, write)
         finally:
             os._exit(0)
     os.close(write)
@@ -75,22 +78,22 @@ def _worked(kind: str, numbers: list[int]) -> Iterator[tuple[int, str, str | Non
         _end(child)
 
 
-def _watched(child: int, read: int) -> Iterator[tuple[int, str, str | None, float]]:
+def _watched(child: int, read: int) -> Iterator[Result]:
     busy, since = None, 0.0
     for line in _lines(read):
         if line is None:
             if busy is not None and _seconds(child) - since > HANG_SECONDS:
-                yield busy, "hang", f"no end after {HANG_SECONDS:g} s", HANG_SECONDS
+                yield Result(busy, "hang", f"no end after {HANG_SECONDS:g} s", HANG_SECONDS)
                 return
             continue
         told = json.loads(line)
-        if told["what"] == "start":
-            busy, since = told["number"], _seconds(child)
+        if isinstance(told, int):
+            busy, since = told, _seconds(child)
         else:
-            yield told["number"], told["outcome"], told["fault"], told["seconds"]
+            yield Result(**told)
             busy = None
     if busy is not None:
-        yield busy, "crash", f"the process ended: {_ended(child)}", 0.0
+        yield Result(busy, "crash", f"the process ended: {_ended(child)}")
 
 
 def _lines(read: int) -> Iterator[bytes | None]:
@@ -107,31 +110,26 @@ def _lines(read: int) -> Iterator[bytes | None]:
         yield from whole
 
 
-def _work(kind: str, numbers: list[int], write: int) -> None:
-    """The worker: a line before and a line behind every case."""
+def _work(make: Make, numbers: list[int], write: int) -> None:
+    """The worker: a line with its number before every case, and its result behind it."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name, open(write, "w") as lines:
-
-        def tell(**told: Any) -> None:
-            lines.write(json.dumps(told) + "\n")
-            lines.flush()
-
-        case(kind, 0)  # what is made once is made before any clock runs
+        make(numbers[0])  # what is made once is made before any clock runs
         for number in numbers:
-            made = case(kind, number)
-            tell(what="start", number=number)
-            start, fault = time.process_time(), None
+            case = make(number)
+            lines.write(f"{number}\n")
+            lines.flush()
+            start = time.process_time()
             try:
-                outcome = judged(made, Path(name) / "case")
+                told = judged(case, Path(name) / "case")
             except FaultError as error:
-                outcome, fault = "fault", str(error)
-            tell(
-                what="done", number=number, outcome=outcome, fault=fault,
-                seconds=time.process_time() - start,
-            )  # fmt: skip
+                told = "fault", str(error)
+            result = Result(number, *told, time.process_time() - start)
+            lines.write(json.dumps(asdict(result)) + "\n")
+            lines.flush()
 
 
 def _seconds(child: int) -> float:

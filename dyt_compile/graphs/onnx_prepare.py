@@ -30,7 +30,7 @@ def restore(model: ir.Model) -> None:
 
 def prepare(model: ir.Model) -> None:
     """Make a model ready to be seen as terms, in place. Raises CaptureError for old opsets."""
-    opset = model.opset_imports.get("", OLDEST_OPSET)
+    opset = model.opset_imports.setdefault("", OLDEST_OPSET)
     if opset < OLDEST_OPSET:
         raise CaptureError(
             f"the model has opset {opset}; allowed: {OLDEST_OPSET} and newer "
