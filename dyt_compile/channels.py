@@ -169,6 +169,8 @@ class _Walk:
             return Stop(f"{OUTPUT} `{self._outputs[value]}`", direct=not self.arrays)
         if value.shape is None:
             return Stop(f"`{value.name}`, whose shape is unknown")
+        if math.prod(array.shape[: max(0, array.ndim - len(value.shape))]) != 1:
+            return Stop(f"`{value.name}`, which is said to have fewer axes than what is in it")
         self.arrays[value] = narrowed(ranked(array, len(value.shape)))
         for term in value.consumers:
             if term not in self._seen and takes_value(term):

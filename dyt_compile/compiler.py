@@ -83,14 +83,16 @@ def inspect(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    trust: bool = False,
 ) -> Match:
     """Every normalization of a model, one entry a call, in execution order.
 
     model: `nn.Module`, `ExportedProgram`, `GraphModule`, `onnx_ir.Model`, or the path of an
     `.onnx` or `.pt2` file. args, kwargs: an example of its inputs; needed for modules alone.
+    trust: open a `.pt2` file whatever it may run; else only one in which nothing can.
     Raises CaptureError or OptionError.
     """
-    return match(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes))
+    return match(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, trust=trust))
 
 
 def fold(
@@ -99,6 +101,7 @@ def fold(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    trust: bool = False,
 ) -> Folded:
     """The same function with fewer operators: constants folded into the weights beside them.
 
@@ -107,10 +110,10 @@ def fold(
     they are. The result's `model` shares all weights that do not change; the model itself stays as
     it is.
 
-    model, args, kwargs: as for `inspect`. Raises CaptureError or OptionError, and RewriteError
-    where weights are not loaded.
+    model, args, kwargs, trust: as for `inspect`. Raises CaptureError or OptionError, and
+    RewriteError where weights are not loaded.
     """
-    graph = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    graph = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, trust=trust)
     whole_dyt = rewrite(graph, match(graph), None, ())
     return fold_graph(whole_dyt, match(whole_dyt))
 
@@ -135,13 +138,14 @@ def convert(
     calibration: Calibration | str | Path | None = None,
     quantize: str | None = None,
     runtime: str = "any",
+    trust: bool = False,
 ) -> Conversion:
     """Replace the norms of a model by Dynamic Tanh.
 
-    model: as for `inspect`. batches: tuples (positional arguments) or dicts (keyword arguments)
-    of tensors or arrays, in an iterable that can be gone through again; they are split 50/25/25
-    into fit, plan and report (75/0/25 in mode "all" without a frontier). example: a tuple or
-    a dict like a batch, or (args, kwargs); by default the first batch.
+    model, trust: as for `inspect`. batches: tuples (positional arguments) or dicts (keyword
+    arguments) of tensors or arrays, in an iterable that can be gone through again; they are split
+    50/25/25 into fit, plan and report (75/0/25 in mode "all" without a frontier). example: a tuple
+    or a dict like a batch, or (args, kwargs); by default the first batch.
 
     mode "exact" recognises the DyT and Derf that the model holds and leaves its norms alone;
     "budget" converts as many norms as keep the error at `output` (by default the first
@@ -207,6 +211,7 @@ def convert(
             batches=() if batches is None else batches,
             dynamic_shapes=dynamic_shapes,
             provider=provider,
+            trust=trust,
         )
         output = chosen_output(graph, output)
     with clock("match"):
@@ -287,6 +292,7 @@ def calibrate(
     exclude: str | Sequence[str] = (),
     seed: int = 0,
     provider: str = "cpu",
+    trust: bool = False,
 ) -> Calibration:
     """Fit every norm of a model on all of `batches`; `convert(model, calibration=…)` applies that.
 
@@ -306,8 +312,9 @@ def calibrate(
     exclude = patterns(exclude)
     args, kwargs = _example(example, batches)
     graph = capture(
-        model, args, kwargs, batches=batches, dynamic_shapes=dynamic_shapes, provider=provider
-    )
+        model, args, kwargs, batches=batches, dynamic_shapes=dynamic_shapes, provider=provider,
+        trust=trust,
+    )  # fmt: skip
     found = match(graph)
     allowed = candidates(found, exclude)
     chosen = [s.name for s in found.sites if s.name in allowed or s.tied_to in allowed]
@@ -356,17 +363,18 @@ def compare(
     output: str | None = None,
     examples: tuple[Any, Any] = (None, None),
     provider: str = "cpu",
+    trust: bool = False,
 ) -> Measurement:
-    """How far model `b` is from model `a`, over all samples; models and batches as for `convert`.
+    """How far model `b` is from model `a`, over all samples.
 
-    Raises CaptureError, DataError or OptionError.
+    Models, batches, trust: as for `convert`. Raises CaptureError, DataError or OptionError.
     """
     check_metric(metric, own=True)
     as_batches(batches)
     graphs = []
     for model, example in zip((a, b), examples, strict=True):
         args, kwargs = _example(example, batches)
-        graphs.append(capture(model, args, kwargs, batches=batches, provider=provider))
+        graphs.append(capture(model, args, kwargs, batches=batches, provider=provider, trust=trust))
     original, other = graphs
     with Shelf(original) as shelf:
         samples = whole(original, batches)

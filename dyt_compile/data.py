@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .archives import entries
 from .batches import as_batches
-from .errors import DataError
+from .errors import DataError, first_line
 from .graphs.base import Batch, Graph
 
 __all__ = [
@@ -252,12 +253,18 @@ class _Chunks:
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     """The arrays of a file, all of one length."""
     try:
+        entries(path)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:
-        raise DataError(f"{str(path)!r} is no archive of plain arrays: {error}") from error
+        raise DataError(
+            f"{str(path)!r} is no archive of plain arrays: {first_line(error)}"
+        ) from error
     if not arrays:
         raise DataError(f"{str(path)!r} holds no array")
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise DataError(f"{str(path)!r} holds {name!r}, which is no array")
     lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         told = ", ".join(f"{name}: {length}" for name, length in lengths.items())

@@ -1,5 +1,7 @@
 """Every error that a user can meet. Each message names the thing, its value and what is allowed."""
 
+import unicodedata
+
 __all__ = [
     "BudgetError",
     "CalibrationError",
@@ -15,6 +17,7 @@ __all__ = [
     "VerificationError",
     "first_line",
     "out_of_memory",
+    "printable",
 ]
 
 
@@ -105,3 +108,17 @@ def out_of_memory(error: BaseException) -> BaseException | None:
 def first_line(error: BaseException) -> str:
     """The first line of a foreign error that says something, to be told in one of ours."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def printable(text: str) -> str:
+    """The text for a terminal: what would move its cursor, or turn its lines, is spelled out.
+
+    A model's names are anyone's; line feeds stay.
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    unseen = unicodedata.category(character)[0] == "C" or character in "\u2028\u2029"
+    spelled = character.encode("unicode_escape").decode()
+    return spelled if unseen and character != "\n" else character

@@ -115,6 +115,7 @@ def _take_names(temporary: Path, target: Path) -> None:
     """Rename a file and its companions; where that fails, those that came first go again."""
     if not temporary.exists():
         raise FileNotFoundError(errno.ENOENT, "nothing was written", str(temporary))
+    _give_modes(temporary.parent)
     others = (path for path in sorted(temporary.parent.iterdir()) if path.name != LOCK)
     places = {path: target.parent / path.name for path in others if path != temporary}
     for place in places.values():
@@ -134,6 +135,13 @@ def _take_names(temporary: Path, target: Path) -> None:
         raise
     for path in places.keys() - first.keys():
         path.replace(places[path])
+
+
+def _give_modes(folder: Path) -> None:
+    """Files as the user's umask made the lock; safetensors has a mode of its own."""
+    if (folder / LOCK).exists():
+        for path in folder.iterdir():
+            path.chmod((folder / LOCK).stat().st_mode)
 
 
 def _is_free(place: Path, path: Path) -> bool:

@@ -12,7 +12,7 @@ from .dyt import SQUASHES, DytParameters, evaluate
 
 __all__ = [
     "NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "fit_diagonal", "inverse", "relative_error",
-    "typical",
+    "typical", "unfit",
 ]  # fmt: skip
 
 Array = npt.NDArray[np.float32]
@@ -34,6 +34,11 @@ COARSE, LOWEST, HIGHEST = 28, 0.02, 20.0
 
 NOT_FINITE = "its activations hold NaN or infinity"
 """Why a site has no fit."""
+
+LARGEST, SMALLEST = 1e12, 1e-30
+"""Of activations, and of the deviation of a typical channel: so that no sum of squares
+over a sample leaves float32, nor alpha. Those of models end at 1e5."""
+
 SATURATED = 0.98
 """Beyond, the inverse of tanh says little: its slope is under 0.04."""
 
@@ -133,10 +138,10 @@ def fit_diagonal(x: Array, y: Array, squash: str = "tanh") -> Fit | str:
     """
     if len(x) < 2 * HELD_OUT:
         return f"{len(x)} rows of activations are too few to fit; at least {2 * HELD_OUT}"
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return NOT_FINITE
+    if reason := unfit(x, y):
+        return reason
     scale = typical(x)
-    if scale is None:
+    if scale is None or scale < SMALLEST:
         return "its input does not vary over the data"
     alpha = 1.0
     if squash != "identity":
@@ -145,6 +150,16 @@ def fit_diagonal(x: Array, y: Array, squash: str = "tanh") -> Fit | str:
     trial = _parameters(_regress(x[~held], y[~held], alpha, squash), alpha, squash)
     error = relative_error(trial, x[held], y[held])
     return Fit(_parameters(_regress(x, y, alpha, squash), alpha, squash), error)
+
+
+def unfit(x: Array, y: Array) -> str | None:
+    """Why nothing can be fitted to such numbers, None where it can."""
+    largest = float(np.max([[-part.min(), part.max()] for part in (x, y)]))
+    if not np.isfinite(largest):
+        return NOT_FINITE
+    if largest > LARGEST:
+        return f"its activations reach {largest:.1g}; up to {LARGEST:g} are fitted"
+    return None
 
 
 def typical(x: Array) -> float | None:

@@ -12,6 +12,7 @@ element-wise part is named as what it is: unbiased variance, eps outside the roo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,10 @@ machine epsilon, 0.0078; activations that matter are not smaller."""
 
 LARGEST_PROBE = 1 << 19
 """Elements; views of larger values are not followed, so that no proof takes long."""
+
+LARGEST_PIECE, LARGEST_AXIS = 1 << 24, 1 << 18
+"""Elements that a piece is run on, and those of the axis that it normalizes: a file may say that
+there are more, and a proof would take as long."""
 
 NO_NORM = "its result is not its input divided by one number a row"
 
@@ -134,6 +139,8 @@ class Prover:
         """Whether the piece equals DyT or Derf of its input, on random input and parameters."""
         axes = (-1,)
         read = dict.fromkeys((*piece.constants(), *parameters.values()))
+        if _too_large(piece, axes, tuple(read)):
+            return False
         x = _probe(piece, axes, tuple(read))
         constants = {v: _random(v, seed, _most(piece, x)) for seed, v in enumerate(read)}
         values = {name: constants[value] for name, value in parameters.items()}
@@ -165,6 +172,8 @@ def _identify_over(piece: Piece, axes: tuple[int, ...]) -> Proof | Miss:
         return Miss("it normalizes over the first axis, which counts the samples", near=False)
     if not _same_shape(piece.input, piece.output):
         return Miss("its result has another shape than its input", near=False)
+    if _too_large(piece, axes, constants):
+        return Miss(f"it is over more than {LARGEST_AXIS} elements, which is too much to prove")
     x = _probe(piece, axes, constants)
     values = {v: _random(v, seed, _most(piece, x)) for seed, v in enumerate(constants)}
     y = _run(piece, x, values)
@@ -297,8 +306,8 @@ def _run(piece: Piece, x: Array, constants: Mapping[Value, Array]) -> Array | No
         with np.errstate(all="ignore"):
             for term in piece.terms:
                 values[term.output] = interpret(term, [_given(v, values) for v in term.inputs])
-    except (ValueError, IndexError):  # NumPy's, for operands that do not broadcast
-        return None
+    except (ValueError, IndexError, OverflowError, MemoryError):
+        return None  # NumPy's, for operands that do not broadcast, and for axes out of all bounds
     return np.asarray(values[piece.output], np.float64)
 
 
@@ -355,8 +364,20 @@ def _probe(piece: Piece, axes: tuple[int, ...], constants: Sequence[Value]) -> A
     return np.asarray((random.normal(size=sizes) + 0.3) * scales, np.float64)
 
 
+def _too_large(piece: Piece, axes: tuple[int, ...], constants: Sequence[Value]) -> bool:
+    """Whether the piece takes too much memory to be run."""
+    rank = max(len(value.shape or ()) for value in (*constants, piece.input))
+    largest = (
+        max(_length(v, place) for v in (*constants, *[piece.input] * (place in axes)))
+        for place in range(-rank, 0)
+        if constants or place in axes
+    )
+    lengths = [_length(value, axis) for value in (*constants, piece.input) for axis in axes]
+    return math.prod(largest) > LARGEST_PIECE or max(lengths) > LARGEST_AXIS
+
+
 def _size(shape: Sequence[int | None]) -> int:
-    return int(np.prod([size or 1 for size in shape]))
+    return math.prod(size or 1 for size in shape)
 
 
 def _length(value: Value, place: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .dyt import SQUASHES, DytParameters, Mix
-from .fits import HELD_OUT, NOT_FINITE, ROWS, typical
+from .fits import HELD_OUT, NOT_FINITE, ROWS, typical, unfit
 
 __all__ = ["ROWS_PER_CHANNEL", "FullFit", "GramSums", "fit_full", "refit_full"]
 
@@ -187,8 +187,8 @@ def fit_full(
     sides, too, since another run may choose one of them. squash: "tanh", or "identity", where alpha
     is 1. Returns the reason where some row is not finite.
     """
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return NOT_FINITE
+    if reason := unfit(x, y):
+        return reason
     alphas = [1.0] if squash == "identity" else _alphas(x)
     error, alpha, ridge, least = _chosen(x, y, alphas, squash)
     factors = (1.0, 0.5, 2.0) if beside and len(alphas) > 1 else (1.0,)

@@ -40,6 +40,11 @@ def of_model(
     lossy = {site.name: site for site in found.sites if not site.kind.lossless}
     names = dict(zip(held.sketches(), lossy, strict=True))
     fits = {names[name]: fit for name, fit in held.fits.items()}
+    unknown = held.converted - names.keys()
+    if unknown:
+        raise CalibrationError(
+            f"the calibration converts {min(unknown)!r}, for which it has no fit"
+        )
     converted = {names[n] for n in held.converted if not excluded(names[n], exclude)}
     for name in converted:
         reason = _obstacle(fits[name], lossy[name], graph)

@@ -40,7 +40,7 @@ class _Spilled(Kept):
         self._like = like
 
     def load(self) -> Any:
-        return self._graph.from_array(np.load(self._file), self._like)
+        return self._graph.from_array(np.load(self._file, allow_pickle=False), self._like)
 
 
 class Shelf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from .errors import printable
 from .sites import NormSite
 
 __all__ = ["Look", "hardships", "warning"]
@@ -55,4 +56,4 @@ def warning(hard: Mapping[str, Sequence[str]], sites: Collection[str]) -> str | 
     if not told:
         return None
     more = f" and {len(told) - NAMED} more" if len(told) > NAMED else ""
-    return f"known to be hard to convert: {', '.join(told[:NAMED])}{more}"
+    return printable(f"known to be hard to convert: {', '.join(told[:NAMED])}{more}")

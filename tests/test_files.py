@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,18 @@ def test_target_without_a_folder_is_one_in_the_working_folder(
     with replaced(Path("model.onnx")) as temporary:
         temporary.write_text("new")
     assert _contents(tmp_path) == {"model.onnx": "new"}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with replaced(tmp_path / "model") as temporary:
+            temporary.touch(mode=0o600)
+            temporary.with_name("model.data").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~mask}
 
 
 def test_folder_as_target_is_refused(tmp_path: Path) -> None:

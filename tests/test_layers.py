@@ -17,9 +17,20 @@ ROOT = Path(dyt_compile.__file__).parent
 
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
-    ("errors", "dyt", "progress", "clock", "requirements", "tracing"),
+    ("archives", "errors", "dyt", "progress", "clock", "requirements", "tracing"),
     ("inductor",),
-    ("terms", "batches", "files", "fits", "ridge", "metrics", "nn", "huggingface", "scatter"),
+    (
+        "terms",
+        "batches",
+        "files",
+        "fits",
+        "ridge",
+        "metrics",
+        "nn",
+        "huggingface",
+        "scatter",
+        "programs",
+    ),
     ("sitefits",),
     (
         "sites",

@@ -13,8 +13,9 @@ import onnx_ir as ir
 
 import dyt_compile
 from dyt_compile.graphs.onnx import OnnxGraph
+from dyt_compile.graphs.onnx_checks import check
 from dyt_compile.graphs.onnx_files import settle
-from dyt_compile.graphs.onnx_prepare import check_inputs, prepare
+from dyt_compile.graphs.onnx_prepare import prepare
 from dyt_compile.passes.match import match
 
 __all__ = ["PEERS", "Peer", "match_ours", "match_theirs", "norms"]
@@ -113,7 +114,7 @@ PEERS = {
 
 def match_ours(model: ir.Model) -> int:
     """Find the norms of a model in memory, in place: shapes, terms, match and proofs."""
-    check_inputs(model)
+    check(model)
     settle(model)
     prepare(model)
     return len(match(OnnxGraph("model", model)).sites)

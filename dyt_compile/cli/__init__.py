@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from ..errors import MemoryExhaustedError, out_of_memory
+from ..errors import MemoryExhaustedError, out_of_memory, printable
 from . import bench, build, calibrate, convert, inspect, plugin, recover, verify
 
 __all__ = ["app", "main"]
@@ -43,6 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             error = MemoryExhaustedError(exhausted)
         # Errors of the command line know best how to tell what is missing.
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        sys.stderr.write(f"{type(error).__name__}: {' '.join(message.split())}\n")
+        sys.stderr.write(f"{type(error).__name__}: {printable(' '.join(message.split()))}\n")
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

@@ -11,7 +11,7 @@ from .. import compiler
 from ..calibration import Calibration
 from ..files import check_writable
 from ..progress import reporting
-from .options import BatchSize, Exclude, Fit, Model, ProviderName, Verbose
+from .options import BatchSize, Exclude, Fit, Model, ProviderName, Trust, Verbose
 from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
 
@@ -44,6 +44,7 @@ def calibrate(
     batch_size: BatchSize = 32,
     provider: ProviderName = "cpu",
     seed: Annotated[int, typer.Option(help="Of the sample of rows.")] = 0,
+    trust: Trust = False,
     verbose: Verbose = False,
 ) -> None:
     """Fit every norm of MODEL on all data; convert applies the file with --fits.
@@ -65,6 +66,7 @@ def calibrate(
             exclude=tuple(exclude or ()),
             seed=seed,
             provider=provider,
+            trust=trust,
         )
         for other in others:
             made = made.merge(other)

@@ -28,6 +28,7 @@ from .options import (
     OutputName,
     ProviderName,
     Reports,
+    Trust,
     Verbose,
 )
 from .progress import TerminalReporter, console, tell_written
@@ -111,6 +112,7 @@ def convert(
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Also measure the error against converted sites.")
     ] = False,
+    trust: Trust = False,
     verbose: Verbose = False,
 ) -> None:
     """Replace norms of MODEL by Dynamic Tanh and write the result.
@@ -152,6 +154,7 @@ def convert(
             calibration=fits,
             quantize=quantize,
             runtime=runtime,
+            trust=trust,
         )
         written, told = write_model(
             result,

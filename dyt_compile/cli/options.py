@@ -9,7 +9,7 @@ import typer
 
 __all__ = [
     "BatchSize", "Data", "Exclude", "Fit", "MetricName", "Model", "OutputName", "ProviderName",
-    "Reports", "Verbose",
+    "Reports", "Trust", "Verbose",
 ]  # fmt: skip
 
 MODEL_HELP = (
@@ -44,6 +44,12 @@ ProviderName = Annotated[
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Open a .pt2 file whatever it may run: you know where it is from."
+    ),
+]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write JSON.", show_default=False)]
 Reports = Annotated[
     list[Path] | None,

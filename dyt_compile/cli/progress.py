@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 
+from ..errors import printable
 from ..progress import Doing
 
 __all__ = ["TerminalReporter", "console", "tell_written"]
@@ -19,10 +21,23 @@ PLAIN_WIDTH = 100
 T = TypeVar("T")
 
 
+class _PlainConsole(Console):
+    """A console that takes all text for text: names are no markup, and cannot move the cursor."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield Segment(text, segment.style, segment.control)
+
+
 def console(*, stderr: bool = False) -> Console:
     """The terminal, or a file or pipe of 100 columns."""
-    made = Console(stderr=stderr)
-    return made if made.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
+    made = _PlainConsole(stderr=stderr, markup=False, emoji=False)
+    if not made.is_terminal:
+        made.width = PLAIN_WIDTH
+    return made
 
 
 def tell_written(path: Path) -> None:

@@ -14,7 +14,7 @@ from ..progress import reporting
 from ..recovery import recover as recover_conversion
 from ..report.terminal import report_table
 from ..report.writing import check_target, write_report
-from .options import BatchSize, Exclude, Fit, Model, OutputName, Reports, Verbose
+from .options import BatchSize, Exclude, Fit, Model, OutputName, Reports, Trust, Verbose
 from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
 from .writing import check_out, write_model
@@ -56,6 +56,7 @@ def recover(
         typer.Option(help="Goes on from it; default: OUT.checkpoint, removed at the end."),
     ] = None,
     report: Reports = None,
+    trust: Trust = False,
     verbose: Verbose = False,
 ) -> None:
     """Replace every norm of MODEL by Dynamic Tanh, then train the result to agree with MODEL.
@@ -85,6 +86,7 @@ def recover(
             exclude=tuple(exclude or ()),
             fit=fit,
             seed=seed,
+            trust=trust,
         )
         result = recover_conversion(
             converted,

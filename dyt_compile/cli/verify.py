@@ -11,7 +11,7 @@ from .. import compiler
 from ..errors import OptionError, VerificationError
 from ..metrics import described, named
 from ..progress import reporting
-from .options import DATA_HELP, BatchSize, MetricName, Model, ProviderName, Verbose
+from .options import DATA_HELP, BatchSize, MetricName, Model, ProviderName, Trust, Verbose
 from .progress import TerminalReporter, console
 from .sources import load_data, load_metric, load_model
 
@@ -38,6 +38,7 @@ def verify(
             "--weights", help="Without --data: also read and compare weights in different files."
         ),
     ] = False,
+    trust: Trust = False,
     verbose: Verbose = False,
 ) -> None:
     """Run A and B on the same data and compare; exit status 1 when the error is too large.
@@ -66,6 +67,7 @@ def verify(
             output=output,
             examples=(first.example, second.example),
             provider=provider,
+            trust=trust,
         )
     line = (
         f"{described(named(counted))} {measured.error:.4g} ± {measured.standard_error:.1g} "

@@ -40,8 +40,8 @@ def time_engine(
     """
     request = {
         "verb": "time",
-        "engine": str(engine_path),
-        "plugin_library": None if plugin_library is None else str(plugin_library),
+        "engine": str(Path(engine_path).absolute()),
+        "plugin_library": None if plugin_library is None else str(Path(plugin_library).absolute()),
         "passes": passes,
     }
     answer = call(installed(runtime), "timing an engine", request)

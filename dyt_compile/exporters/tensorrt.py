@@ -118,8 +118,9 @@ def read_network(
     onnx_path: str | Path, *, runtime: str = "tensorrt", plugin_library: str | Path | None = None
 ) -> Network:
     """What TensorRT's parser makes of a file, as it is. Raises ExportError where it refuses."""
-    library = None if plugin_library is None else str(plugin_library)
-    request = {"verb": "read", "onnx": str(onnx_path), "plugin_library": library}
+    library = None if plugin_library is None else str(Path(plugin_library).absolute())
+    onnx = str(Path(onnx_path).absolute())
+    request = {"verb": "read", "onnx": onnx, "plugin_library": library}
     answer = call(installed(runtime), f"reading {str(onnx_path)!r}", request)
     return network_of(answer["network"])
 

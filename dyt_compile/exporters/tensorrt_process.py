@@ -69,7 +69,7 @@ def installed(name: str) -> Runtime:
 
 
 def call(runtime: Runtime, what: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """What the worker answers to a request; `what` names the work in an error.
+    """What the worker answers to a request, whose paths are absolute; `what` names the work.
 
     Raises ExportError with what TensorRT refused, or how its process ended.
     """
@@ -78,6 +78,7 @@ def call(runtime: Runtime, what: str, request: Mapping[str, Any]) -> dict[str, A
         asked.write_text(json.dumps({**request, "runtime": runtime.name}), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", WORKER, str(asked), str(answered)],
+            cwd=folder,  # Python imports from there first: never from where a model lies
             env=_environment(runtime, folder, os.environ),
             stdin=pipe, capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip

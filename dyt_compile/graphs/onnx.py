@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
@@ -21,12 +22,13 @@ from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
 from .base import Batch, Edit, Stored, numpy_dtype
+from .onnx_checks import check, reading
 from .onnx_constants import held, is_parameter, scalar, stored
 from .onnx_derived import kept
 from .onnx_edits import make_edits
 from .onnx_files import load, settle
 from .onnx_precision import Names
-from .onnx_prepare import OLDEST_OPSET, check_inputs, prepare, restore
+from .onnx_prepare import OLDEST_OPSET, prepare, restore
 from .onnx_quantize import Format, Product, write_products
 from .onnx_scopes import SCOPES, Scopes
 from .onnx_terms import say
@@ -34,6 +36,9 @@ from .onnx_terms import say
 __all__ = ["OnnxGraph", "read_by"]
 
 Array = npt.NDArray[Any]
+
+LARGEST_INPUT = 1 << 28
+"""Elements of an input that is made up."""
 
 
 class OnnxGraph:
@@ -63,19 +68,21 @@ class OnnxGraph:
 
         folder: where external data lies that is not beside it.
         """
-        model = load(path, folder)
-        check_inputs(model)
-        prepare(model)
-        return cls(path.stem, model, provider)
+        with reading(repr(str(path))):
+            model = load(path, folder)
+            check(model)
+            prepare(model)
+            return cls(path.stem, model, provider)
 
     @classmethod
     def from_model(cls, name: str, model: ir.Model, provider: str = "cpu") -> OnnxGraph:
         """The graph of a model in memory, which stays as it is."""
-        check_inputs(model)
-        own = model.clone()
-        settle(own)
-        prepare(own)
-        return cls(name, own, provider)
+        with reading(f"model {name!r}"):
+            check(model)
+            own = model.clone()
+            settle(own)
+            prepare(own)
+            return cls(name, own, provider)
 
     @cached_property
     def model(self) -> ir.Model:
@@ -101,14 +108,11 @@ class OnnxGraph:
             told = ", ".join(named) or f"{len(args)} arrays"
             raise DataError(f"a batch holds {told}; the model's inputs: {', '.join(self.inputs)}")
         named |= dict(zip(rest, args, strict=True))
-        given = [named[name] for name in self.inputs]
-        return {
-            name: np.asarray(array.numpy() if hasattr(array, "numpy") else array)
-            for name, array in zip(self.inputs, given, strict=True)
-        }
+        return {name: _given(value, named[name]) for name, value in self.inputs.items()}
 
     def example(self) -> Batch | None:
-        """Random floats, and zeros and ones, in the declared shapes; None for other inputs.
+        """Random floats, and zeros and ones, in the declared shapes; None for other inputs, and for
+        larger ones than any model takes.
 
         A dynamic axis has length 2, another symbol the next length.
         """
@@ -122,6 +126,8 @@ class OnnxGraph:
                 size if isinstance(size, int) else lengths.setdefault(str(size), 2 + len(lengths))
                 for size in value.native.shape
             ]
+            if math.prod(shape) > LARGEST_INPUT:
+                return None
             dtype = numpy_dtype(value.dtype)
             floating = "float" in value.dtype
             values = random.normal(size=shape) if floating else random.integers(0, 2, shape)
@@ -373,10 +379,10 @@ def _captured(graph: ir.Graph) -> list[ir.Value]:
 def _seen(value: ir.Value, *, constant: bool = False) -> Value:
     shape: tuple[int | None, ...] | None = None
     if value.shape is not None:
-        shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+        shape = tuple(n if isinstance(n, int) and n >= 0 else None for n in value.shape)
     elif constant and value.const_value is not None:
         shape = tuple(value.const_value.shape.numpy())
-    dtype = None if value.dtype is None else _name(value.dtype)
+    dtype = None if value.dtype in (None, ir.DataType.UNDEFINED) else _name(value.dtype)
     number = scalar(value) if constant else None
     # A learned number and a literal are both initializers; exporters give the learned one the
     # path of its module, and axes.
@@ -384,6 +390,23 @@ def _seen(value: ir.Value, *, constant: bool = False) -> Value:
     return Value(
         value, str(value.name), shape, dtype, constant=constant, parameter=learned, scalar=number
     )
+
+
+def _given(value: Value, given: Any) -> Array:
+    """What a batch gives for an input. Raises DataError where it cannot be that."""
+    try:
+        array = np.asarray(given.numpy() if hasattr(given, "numpy") else given)
+    except ValueError as error:
+        raise DataError(f"input {value.name!r} is given lists of unequal lengths") from error
+    # Strings and objects are of models that take text alone; a custom dtype, bfloat16, is "V".
+    fits = array.dtype.kind in ("OUS" if value.dtype == "object" else "biufV")
+    if not fits or (value.shape is not None and len(value.shape) != array.ndim):
+        sizes = "any shape" if value.shape is None else [n or "any" for n in value.shape]
+        raise DataError(
+            f"input {value.name!r} takes {value.dtype} of {sizes}; a batch has {array.dtype} of "
+            f"{list(array.shape)}"
+        )
+    return array
 
 
 @cache

@@ -13,7 +13,7 @@ from .onnx_fused import fuse_again, take_apart
 from .onnx_fusion import unfuse
 from .onnx_shapes import infer_shapes, restore_shapes
 
-__all__ = ["OLDEST_OPSET", "check_inputs", "prepare", "restore"]
+__all__ = ["OLDEST_OPSET", "prepare", "restore"]
 
 OLDEST_OPSET = 13
 """Older files have axes as attributes of operators that were given inputs for them since."""
@@ -30,7 +30,7 @@ def restore(model: ir.Model) -> None:
 
 def prepare(model: ir.Model) -> None:
     """Make a model ready to be seen as terms, in place. Raises CaptureError for old opsets."""
-    opset = model.opset_imports.get("", OLDEST_OPSET)
+    opset = model.opset_imports.setdefault("", OLDEST_OPSET)
     if opset < OLDEST_OPSET:
         raise CaptureError(
             f"the model has opset {opset}; allowed: {OLDEST_OPSET} and newer "
@@ -42,20 +42,8 @@ def prepare(model: ir.Model) -> None:
     take_apart(model)
     model.graph.sort()
     _correct_constants(model)
+    _correct_lengths(model)
     infer_shapes(model)
-
-
-def check_inputs(model: ir.Model) -> None:
-    """Raises CaptureError where a node reads what nothing makes."""
-    for node in model.graph.all_nodes():
-        for value in node.inputs:
-            if value is None or value.producer() is not None:
-                continue
-            if not (value.is_graph_input() or value.is_initializer()):
-                raise CaptureError(
-                    f"the model is not valid ONNX: {value.name!r}, which the {node.op_type} node "
-                    f"{node.name!r} reads, is made by no node and is no input or initializer"
-                )
 
 
 def _correct_constants(model: ir.Model) -> None:
@@ -65,3 +53,13 @@ def _correct_constants(model: ir.Model) -> None:
         if tensor is not None:
             node.outputs[0].shape = ir.Shape(tensor.shape.numpy())
             node.outputs[0].type = ir.TensorType(tensor.dtype)
+
+
+def _correct_lengths(model: ir.Model) -> None:
+    """Lengths of axes that are below zero are no lengths: some note those that are not known so."""
+    values = (value for node in model.graph.all_nodes() for value in node.outputs)
+    for value in (*model.graph.inputs, *values):
+        if value.shape is not None and any(isinstance(n, int) and n < 0 for n in value.shape):
+            value.shape = ir.Shape(
+                [None if isinstance(n, int) and n < 0 else n for n in value.shape]
+            )

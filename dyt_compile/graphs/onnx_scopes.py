@@ -62,8 +62,8 @@ def _innermost(scopes: str) -> str:
     """The path of the innermost module in torch's metadata, where the node itself comes last."""
     try:
         path = ast.literal_eval(scopes)
-    except (SyntaxError, ValueError):
-        return ""
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return ""  # anyone may write there; the last two are those of a deep nesting
     return str(path[-2]) if isinstance(path, list) and len(path) > 1 else ""
 
 

@@ -15,6 +15,7 @@ from ..batches import as_arguments
 from ..errors import CaptureError, DataError, OptionError, first_line
 from ..graphs.base import Graph
 from ..huggingface import example_inputs, is_folder, load_folder
+from ..programs import check_program
 from ..requirements import check_version
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def capture(
     batches: Iterable[Any] = (),
     dynamic_shapes: Any = None,
     provider: str = "cpu",
+    trust: bool = False,
 ) -> Graph:
     """The graph of a model.
 
@@ -43,6 +45,8 @@ def capture(
     dynamic_shapes: as for `torch.export.export`; by default axis 0 of every tensor is dynamic,
     and every axis whose length differs between the example and `batches`.
     A module is traced in evaluation mode, and left in the mode that it had.
+    trust: open a `.pt2` file whatever is in it; else only one in which nothing can run when it is
+    opened (see `programs`).
 
     Raises CaptureError if the model cannot be read or traced, OptionError for other types and for
     an unknown provider.
@@ -53,7 +57,7 @@ def capture(
     if isinstance(model, (str, Path)) and is_folder(Path(model)):
         return _from_folder(Path(model), args, dict(kwargs or {}), batches, dynamic_shapes)
     if isinstance(model, (str, Path)):
-        return _from_file(Path(model), provider)
+        return _from_file(Path(model), provider, trust=trust)
     kind = f"{type(model).__module__}.{type(model).__name__}"
     if kind.startswith("onnx_ir."):
         from ..graphs.onnx import OnnxGraph
@@ -79,7 +83,7 @@ def _is_module(model: Any) -> bool:
     )
 
 
-def _from_file(path: Path, provider: str) -> Graph:
+def _from_file(path: Path, provider: str, *, trust: bool) -> Graph:
     if not path.is_file():
         raise CaptureError(f"model file {str(path)!r} does not exist")
     if path.suffix == ".onnx":
@@ -87,25 +91,33 @@ def _from_file(path: Path, provider: str) -> Graph:
 
         return OnnxGraph.from_file(path, provider)
     if path.suffix == ".pt2":
-        check_version("torch")
-        import torch
-
-        logger = logging.getLogger("torch.export")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # it logs a traceback and then raises another error
-        try:
-            program = torch.export.load(path)
-        except Exception as error:
-            raise CaptureError(
-                f"{str(path)!r} is no program of torch.export.save: {first_line(error)}"
-            ) from error
-        finally:
-            logger.setLevel(level)
-        return _from_program(program, path.stem)
+        return _from_program(_opened(path, trust=trust), path.stem)
     raise OptionError(
         f"model file {str(path)!r} ends in {path.suffix!r}; allowed: .onnx, .pt2, "
         "or a folder with a config.json"
     )
+
+
+def _opened(path: Path, *, trust: bool) -> torch.export.ExportedProgram:
+    """The program of a `.pt2` file."""
+    check_version("torch")
+    import torch
+
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it logs a traceback and then raises another error
+    try:
+        if not trust:
+            check_program(path)
+        return torch.export.load(path)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{str(path)!r} is no program of torch.export.save: {first_line(error)}"
+        ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _from_folder(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from ..channels import with_folds
+from ..errors import CaptureError, first_line
 from ..graphs.base import Graph
 from ..proof import Miss, Piece, Proof, Prover
 from ..sites import Match, NormKind, NormSite, Refusal
@@ -94,7 +95,24 @@ class _Found:
 
 
 def match(graph: Graph) -> Match:
-    """Every normalization of `graph`, one entry a call, in execution order."""
+    """Every normalization of `graph`, one entry a call, in execution order.
+
+    Raises CaptureError where the shapes that a file gives its values contradict each other.
+    """
+    try:
+        return _matched(graph)
+    except (
+        ArithmeticError,
+        LookupError,
+        ValueError,
+    ) as error:  # of NumPy, at arrays of such shapes
+        raise CaptureError(
+            f"model {graph.name!r} contradicts itself in shapes or constants: "
+            f"{type(error).__name__}, {first_line(error)}"
+        ) from error
+
+
+def _matched(graph: Graph) -> Match:
     prover = Prover()
     found = _Found()
     outputs = set(graph.outputs.values())
