@@ -41,7 +41,7 @@ FORMS = {
     ("tanh", "float32"): (8.6, 5, 3, None),
     ("erf", "bfloat16"): (2.5, 3, 1, 8),
     ("erf", "float16"): (2.85, 2, 3, 11),
-    ("erf", "float32"): (3.8, 5, 5, None),
+    ("erf", "float32"): (3.7, 6, 4, None),
 }
 """By function and dtype: limit, degrees of P and Q in z², bits of the significand (None: a bound
 for all z).
