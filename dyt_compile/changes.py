@@ -12,7 +12,7 @@ from .terms import Term
 
 __all__ = ["Change", "after", "in_parts", "is_brief", "shape_after"]
 
-PART_BYTES = 1 << 24
+PART_BYTES = 1 << 22
 """Of a part in float64."""
 
 BRIEF = 16

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dyt_compile.files import replaced
 from dyt_compile.nn import DynamicTanh
 
-__all__ = ["SUBJECTS", "Subject"]
+__all__ = ["SUBJECTS", "Llama", "Subject", "write_llama"]
 
 WIDTH = 768
 BLOCKS = 12
@@ -133,7 +133,7 @@ def _write_vit(path: Path, norm: str, *, opset: int, legacy: bool = False) -> No
 
 
 @dataclass(frozen=True)
-class _Llama:
+class Llama:
     """A LLaMA by its shape, in 16 bits."""
 
     width: int
@@ -164,7 +164,7 @@ class _Llama:
         return program.run_decompositions() if dyt else program
 
 
-def _write_llama(path: Path, shape: _Llama, *, dyt: bool, sparse: bool) -> None:
+def write_llama(path: Path, shape: Llama, *, dyt: bool, sparse: bool) -> None:
     """The exporter's graph; its weights are holes, or random, in a file beside it."""
     exported = torch.onnx.export(
         shape.program(dyt=dyt), dynamo=True, opset_version=20, optimize=False, verbose=False
@@ -205,10 +205,10 @@ def _numbers(tensor: ir.TensorProtocol, random: np.random.Generator) -> Iterator
         yield (random.standard_normal(size, np.float32) * 0.02).astype(dtype).tobytes()
 
 
-ONE_BILLION = _Llama(2048, 8192, 16, 32, 8, 128256, torch.float16, tied=True)
+ONE_BILLION = Llama(2048, 8192, 16, 32, 8, 128256, torch.float16, tied=True)
 """LLaMA-3.2-1B's: 2.5 GB."""
 
-SEVEN_BILLION = _Llama(4096, 11008, 32, 32, 32, 32000, torch.bfloat16)
+SEVEN_BILLION = Llama(4096, 11008, 32, 32, 32, 32000, torch.bfloat16)
 """LLaMA-7B's: 13.5 GB."""
 
 
@@ -217,10 +217,10 @@ def _vit_subject(name: str, what: str, norm: str, *, opset: int, legacy: bool = 
     return Subject(name, what, count, lambda p: _write_vit(p, norm, opset=opset, legacy=legacy))
 
 
-def _llama_subject(name: str, what: str, shape: _Llama, *, dyt: bool, sparse: bool) -> Subject:
+def _llama_subject(name: str, what: str, shape: Llama, *, dyt: bool, sparse: bool) -> Subject:
     return Subject(
         name, what, 2 * shape.layers + 1,
-        lambda path: _write_llama(path, shape, dyt=dyt, sparse=sparse),
+        lambda path: write_llama(path, shape, dyt=dyt, sparse=sparse),
         external=True, sparse=sparse,
     )  # fmt: skip
 

@@ -43,9 +43,9 @@ peers parse and serialise them. Peers check nothing of what they write.
 MATCHING = """\
 ## Matching alone
 
-Models in memory, weights not read. Ours copies the model, infers its shapes, matches, and proves
-every match by running it; onnxscript's rules (`rewrite` with its LayerNorm and RMSNorm fusions)
-replace in place, after the same shape inference. Truth is what the model was built from.
+Models in memory, weights not read; copying them is not timed. Ours infers the shapes, matches, and
+proves every match by running it; onnxscript's rules (`rewrite` with its LayerNorm and RMSNorm
+fusions) replace, after shape inference too. Truth is what the model was built from.
 """
 
 MEMORY = """\

@@ -320,6 +320,7 @@ def _put(
         made = names.free(f"{final}_dyt")
         nodes.append(onnx_functions.call(parameters.form(), [source, *held], made))
         result = nodes[0].outputs[0]
+        result.shape, result.type = end.shape, source.type
     if end.dtype is not None and source.dtype is not None and end.dtype != source.dtype:
         nodes.append(ir.Node("", "Cast", [result], [ir.AttrInt64("to", end.dtype.value)]))
         result = nodes[-1].outputs[0]

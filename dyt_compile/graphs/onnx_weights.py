@@ -325,16 +325,16 @@ def _read(tensor: ir.ExternalTensor) -> Iterator[bytes]:
             yield chunk
 
 
-def _even(pieces: Iterable[memoryview]) -> Iterator[bytes]:
+def _even(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
     """The same bytes in chunks of one size, but for the last."""
     kept = bytearray()
     for piece in pieces:
         kept += piece
         while len(kept) >= CHUNK_BYTES:
-            yield bytes(kept[:CHUNK_BYTES])
+            yield memoryview(kept[:CHUNK_BYTES])
             del kept[:CHUNK_BYTES]
     if kept:
-        yield bytes(kept)
+        yield memoryview(kept)
 
 
 def _view(tensor: ir.TensorProtocol) -> memoryview:

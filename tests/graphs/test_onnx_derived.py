@@ -45,6 +45,7 @@ def _written(
     beside: bool = True,
     gamma: float = 1.0,
     size: float = 1.0,
+    cast: bool = False,
 ) -> Path:
     """Layers x + down(tanh(up(DyT(x)))), as torch's exporter writes them; data beside or not."""
     random = np.random.default_rng(0)
@@ -71,9 +72,11 @@ def _written(
             f"{place}.norm.weight": gamma * (0.5 + random.random(width)),
             f"{place}.norm.bias": random.normal(size=width),
         }
-        y = node("Tanh", [node("Mul", [x, f"{place}.norm.alpha"], f"{place}_a")], f"{place}_t")
+        y = node("Cast", [x], f"{place}_c", to=TensorProto.FLOAT) if cast else x
+        y = node("Tanh", [node("Mul", [y, f"{place}.norm.alpha"], f"{place}_a")], f"{place}_t")
         y = node("Mul", [y, f"{place}.norm.weight"], f"{place}_g")
         y = node("Add", [y, f"{place}.norm.bias"], f"{place}_n")
+        y = node("Cast", [y], f"{place}_d", to=DTYPES[dtype]) if cast else y
         y = node("Tanh", [product(y, f"{place}.up", width, inner)], f"{place}_h")
         x = node("Add", [x, product(y, f"{place}.down", inner, width)], f"{place}_x")
     kind = DTYPES[dtype]
@@ -82,7 +85,12 @@ def _written(
         "model",
         [helper.make_tensor_value_info("x", kind, [2, width])],
         [helper.make_tensor_value_info(x, kind, [2, width])],
-        [numpy_helper.from_array(np.asarray(a, numbers), name) for name, a in held.items()],
+        [
+            numpy_helper.from_array(
+                np.asarray(a, "f4" if cast and "norm" in name else numbers), name
+            )
+            for name, a in held.items()
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     path = folder / ("beside.onnx" if beside else "inside.onnx")
@@ -137,6 +145,26 @@ def test_only_weights_that_change_are_written(tmp_path: Path) -> None:
     assert written.export_error is not None
     assert written.export_error < 1e-6
     assert path.with_name("w.data").stat() == data
+
+
+def test_dyt_in_float32_folds_into_narrow_weights(tmp_path: Path) -> None:
+    result = dyt_compile.convert(_written(tmp_path, dtype="float16", cast=True))
+    assert result.folded is not None
+    assert [(fold.what, fold.name[0]) for fold in result.folded.folded] == [
+        ("beta", "0"), ("gamma", "0"), ("beta", "1"), ("gamma", "1")
+    ]  # fmt: skip
+    written = export_onnx(result, tmp_path / "new.onnx")
+    assert written.export_error == 0
+    original = dyt_compile.convert(tmp_path / "beside.onnx", fold=False).graph
+    batch = original.example()
+    assert batch is not None
+    ends = [
+        graph.segment(list(graph.inputs.values()), list(graph.outputs.values()))(
+            list(batch.values())
+        )
+        for graph in (original, result.graph)
+    ]
+    np.testing.assert_allclose(*(end[0].astype("f4") for end in ends), rtol=1e-2, atol=1e-2)
 
 
 def test_memory_does_not_grow_with_the_number_of_weights(
