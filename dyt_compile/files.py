@@ -112,6 +112,8 @@ def _beside(target: Path) -> Iterator[Path]:
             raise ExportError(f"cannot write {str(target)!r}: it is a folder")
         if not target.parent.is_dir():
             raise ExportError(f"cannot write {str(target)!r}: its folder does not exist")
+        with suppress(FileNotFoundError):
+            target.lstat()  # whether the disk takes such a name
     except OSError as error:
         raise ExportError(f"cannot write {str(target)!r}: {error.strerror}") from error
     with _held_folder(target.parent, repr(str(target))) as folder:
