@@ -77,7 +77,7 @@ SOME = (
     ("recover", "network.py:load", "--data", "many3.npz", "--steps", "3", "-o", "new.safetensors"),
 )
 
-MEGABYTES = (8, 32, 64, 100, 150, 200, 300, 400, 600, 800)
+MEGABYTES = (8, 32, 64, 100, 200, 400, 800, 1600, 3200)
 """Of address space, on top of what a process has that has done nothing yet."""
 
 
