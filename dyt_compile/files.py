@@ -83,13 +83,20 @@ def work_folder(parent: Path | None = None) -> Iterator[Path]:
     It is removed at the end; those that killed processes left beside it go first. Raises
     ExportError where it cannot be made.
     """
+    where = "the folder for temporary files (TMPDIR)" if parent is None else repr(str(parent))
+    with _held_folder(parent, f"into {where}") as folder:
+        yield folder
+
+
+@contextmanager
+def _held_folder(parent: Path | None, what: str) -> Iterator[Path]:
+    """A work folder; `what`: of what an error says that it cannot be written."""
     try:
         place = Path(tempfile.gettempdir()) if parent is None else parent
         _sweep(place)
         folder, lock = _new(place)
     except OSError as error:
-        where = "the folder for temporary files (TMPDIR)" if parent is None else repr(str(parent))
-        raise ExportError(f"cannot write into {where}: {error.strerror}") from error
+        raise ExportError(f"cannot write {what}: {error.strerror}") from error
     with _closing(lock):
         try:
             yield folder
@@ -105,9 +112,11 @@ def _beside(target: Path) -> Iterator[Path]:
             raise ExportError(f"cannot write {str(target)!r}: it is a folder")
         if not target.parent.is_dir():
             raise ExportError(f"cannot write {str(target)!r}: its folder does not exist")
+        with suppress(FileNotFoundError):
+            target.lstat()  # whether the disk takes such a name
     except OSError as error:
         raise ExportError(f"cannot write {str(target)!r}: {error.strerror}") from error
-    with work_folder(target.parent) as folder:
+    with _held_folder(target.parent, repr(str(target))) as folder:
         yield folder
 
 

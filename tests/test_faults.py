@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.faults.kills import placed
+from benchmarks.faults.subjects import prepare
 from benchmarks.faults.table import PAGE, lost, render
 from dyt_compile.errors import (
     CaptureError,
@@ -88,6 +90,34 @@ def test_results_lost_nothing_and_killed_two_hundred() -> None:
 @measured
 def test_page_is_what_the_results_render_to() -> None:
     assert PAGE.read_text(encoding="utf-8") == render(json.loads(RESULTS.read_text()))
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from dyt_compile.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("out", [("convert", "out.onnx"), ("calibrate", "out.safetensors")])
+def test_file_that_becomes_too_long_is_told_and_the_old_one_kept(
+    out: tuple[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "home"
+    prepare(folder)
+    verb, name = out
+    (folder / name).write_text("old")
+    before = {path.name for path in folder.iterdir()}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, verb, "model.onnx", "--data", "data.npz", "-o", name],
+        cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"ExportError: cannot write '{name}': File too large"
+    assert (folder / name).read_text() == "old"
+    assert {path.name for path in folder.iterdir()} == before
 
 
 # How shortages are told.

@@ -63,7 +63,6 @@ def _kill(case: Case, folder: Path, kills: int) -> Tally:
         raise RuntimeError(f"{case.name}: both versions are the same")
     tally = Tally(case.verb, dict(Counter(end.steps)), end.seconds)
     for blow in placed(kills, len(end.steps), end.seconds, _longest(target)):
-        place.restore()
         _struck(place, case.new, blow, tally)
         tally.found[found_at(target, {old: "old", new: "new"})] += 1
         if case.verb == "build":
@@ -99,17 +98,19 @@ def _longest(target: Path) -> int:
 
 def _struck(place: Place, work: Callable[[], object], blow: Blow, tally: Tally) -> None:
     """A run that the blow ends; where it came too late, or no write was so long, an earlier one."""
-    while True:
-        end = place.run(work, blow)
-        if end.status < 0:
-            tally.killed[_told(blow)] += 1
-            return
-        if blow.step is not None or end.status not in (0, 1):
-            raise RuntimeError(f"{blow} ended with {end.status}: {end.printed[-2000:]}")
-        if blow.after is not None:
-            blow = Blow(after=blow.after * 0.7)
-        else:
-            blow = Blow(cut=max(1, (blow.cut or 0) // 2))
+    place.restore()
+    while not _ended(place, work, blow, tally):
+        place.restore()
+        blow = _earlier(blow)
+
+
+def _earlier(blow: Blow) -> Blow:
+    """A blow in place of one that came too late."""
+    if blow.step is not None:
+        return Blow(step=blow.step // 2)
+    if blow.after is not None:
+        return Blow(after=blow.after / 2)
+    return Blow(cut=max(1, (blow.cut or 0) // 2))
 
 
 def _told(blow: Blow) -> str:
@@ -134,10 +135,13 @@ def kill_recover(folder: Path, kills: int) -> Iterator[Found]:
     np.random.default_rng(0).shuffle(blows)  # type: ignore[arg-type]
     while blows:
         target.write_bytes(b"old")
-        row, blows = blows[:IN_A_ROW], blows[IN_A_ROW:]
-        for blow in row:
+        row = blows[-IN_A_ROW:]
+        while row:
+            row.pop()
+            blow = blows.pop()
             resumed += checkpoint.exists()
             if not _ended(place, work, blow, tally):
+                blows.append(_earlier(blow))  # it was nearly done when it went on
                 break
             whole = target.read_bytes() == b"old"
             tally.found["old" if whole else found_at(target, {new: "new"})] += 1

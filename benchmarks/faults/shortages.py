@@ -77,7 +77,7 @@ SOME = (
     ("recover", "network.py:load", "--data", "many3.npz", "--steps", "3", "-o", "new.safetensors"),
 )
 
-MEGABYTES = (8, 32, 64, 100, 150, 200, 300, 400, 600, 800)
+MEGABYTES = (8, 32, 64, 100, 200, 400, 800, 1600, 3200)
 """Of address space, on top of what a process has that has done nothing yet."""
 
 
@@ -158,7 +158,7 @@ def lack_packages(folder: Path) -> Iterator[Found]:
     for what, names, arguments, fix in LACKING:
         before = place.names()
         end = place.run(partial(_without, names, command(*arguments)))
-        yield what, _judged(what, end.status, one_line(end), fix, place.names() == before)
+        yield what, _judged(what, end.status, one_line(end), fix, sorted(place.names() ^ before))
     done = subprocess.run(
         [sys.executable, "-c", OLD_TORCH, *TORCH],
         cwd=place.home, capture_output=True, text=True, check=False,
@@ -166,12 +166,12 @@ def lack_packages(folder: Path) -> Iterator[Found]:
     lines = done.stderr.splitlines()
     line = lines[-1] if lines and "Traceback" not in done.stderr else None
     what = "torch 2.4.1"
-    yield what, _judged(what, done.returncode, line, "pip install --upgrade", True)
+    yield what, _judged(what, done.returncode, line, "pip install --upgrade", [])
 
 
-def _judged(what: str, status: int, line: str | None, fix: str, clean: bool) -> Row:
-    good = status == 1 and line is not None and fix in line and clean
-    ended = {"told in one line, with the fix" if good else f"told otherwise: {line}": 1}
+def _judged(what: str, status: int, line: str | None, fix: str, left: list[str]) -> Row:
+    good = status == 1 and line is not None and fix in line and not left
+    ended = {"told in one line, with the fix" if good else f"told otherwise, {left}: {line}": 1}
     return {"what": what, "tried": 1, "ended": ended, "told": [line]}
 
 

@@ -90,7 +90,7 @@ To six lengths each, from nothing to almost all of it.
 MEMORY = """\
 ## Too little memory
 
-A limit on the address space, from 8 to 800 MB above what an idle process has. One batch holds all
+A limit on the address space, from 8 to 3200 MB above what an idle process has. One batch holds all
 samples, 51 MB an activation.
 """
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["capability", "fused_layers", "main", "network_flags"]
+__all__ = ["capability", "fused_layers", "main", "network_flags", "watch_parent"]
 
 LAYERS = "Layers:"
 LAYER = re.compile(
@@ -42,7 +42,7 @@ class FailedError(Exception):
 
 def main() -> None:
     """Do what the request asks, and write the result."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    watch_parent()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     work = {"read": _read, "build": _build, "time": _time}[request["verb"]]
     trt = _module(request["runtime"])
@@ -55,10 +55,14 @@ def main() -> None:
     Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
 
 
-def _end_with_parent() -> None:
-    """End this process when its standard input does: the parent, which was killed, held it."""
-    os.read(sys.stdin.fileno(), 1)
-    os._exit(1)
+def watch_parent() -> None:
+    """From now on, end this process when its standard input does: the parent holds that open."""
+
+    def wait() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _module(runtime: str) -> Any:

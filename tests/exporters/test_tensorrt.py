@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,6 +227,22 @@ def test_abort_inside_tensorrt_is_one_error(
     with pytest.raises(ExportError, match=expected):
         build_engine(model, tmp_path / "p", runtime=RTX, shapes=SHAPES, target="sm89")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ending.py", "model.onnx"]
+
+
+def test_worker_ends_when_its_parent_does() -> None:
+    code = (
+        "import time; from dyt_compile.exporters.tensorrt_worker import watch_parent; "
+        "watch_parent(); print('works', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == b"works\n"
+        assert worker.poll() is None
+        worker.stdin.close()
+        assert worker.wait(timeout=30) == 1
 
 
 # What is written.
