@@ -412,8 +412,9 @@ def _given(value: Value, given: Any) -> Array:
         array = np.asarray(given.numpy() if hasattr(given, "numpy") else given)
     except ValueError as error:
         raise DataError(f"input {value.name!r} is given lists of unequal lengths") from error
-    # Strings and objects are of models that take text alone; a custom dtype, bfloat16, is "V".
-    fits = array.dtype.kind in ("OUS" if value.dtype == "object" else "biufV")
+    # Strings and objects are of models that take text alone; bfloat16 is "V", as records are.
+    kinds = "OUS" if value.dtype == "object" else "biufV"
+    fits = array.dtype.kind in kinds and array.dtype.type is not np.void
     if not fits or (value.shape is not None and len(value.shape) != array.ndim):
         sizes = "any shape" if value.shape is None else [n or "any" for n in value.shape]
         raise DataError(
