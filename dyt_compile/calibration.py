@@ -6,15 +6,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from .dyt import PARAMETERS, DytParameters, Mix, Refit
+from .dyt import PARAMETERS, SQUASHES, DytParameters, Mix, Refit
 from .errors import CalibrationError
 from .files import replaced
 from .fits import RowSample
@@ -28,6 +29,9 @@ VERSION = 4
 READABLE = (1, 2, 3, VERSION)
 """Version 1 had no mixes, version 2 no refits and no sums, version 3 no affine fits; who
 reads those alone must not take a part of a fit for the whole."""
+
+TOLD = dict.fromkeys(("reason", "unmixed", "unaffine"), str)
+"""Figures of a fit that are text; the others are numbers."""
 
 REFIT = "refit:"
 """Before the names of weights, so that they are never those of sites."""
@@ -238,15 +242,29 @@ def _arrays(fit: SiteFit) -> dict[str, npt.NDArray[Any]]:
 
 def _fit(name: str, figures: dict[str, Any], arrays: Mapping[str, Any]) -> SiteFit:
     squash = figures.pop("squash", None)
+    for figure, value in figures.items():
+        if figure != "sums" and not isinstance(value, (TOLD.get(figure, Real), NoneType)):
+            raise CalibrationError(f"site {name!r} has the {figure} {value!r}")
     if "sums" in figures:
         figures["sums"] = _read_sums(figures["sums"], f"{name}/sums/", arrays)
     if squash is None:
         return SiteFit(None, **figures)
+    if squash not in SQUASHES:
+        raise CalibrationError(f"site {name!r} has the squash {squash!r}")
     values = {p: arrays[f"{name}/{p}"] for p in PARAMETERS if f"{name}/{p}" in arrays}
     if squash != "identity" and "alpha" not in values:
         raise CalibrationError(f"site {name!r} has no alpha")
     mix = _mix(name, arrays) if f"{name}/matrix" in arrays else None
-    return SiteFit(DytParameters(squash=squash, **values), mix=mix, **figures)
+    fit = SiteFit(DytParameters(squash=squash, **values), mix=mix, **figures)
+    _check_finite(name, fit.arrays())
+    return fit
+
+
+def _check_finite(name: str, arrays: Mapping[str, Any]) -> None:
+    """Raise CalibrationError for values that no fit has."""
+    for part, array in arrays.items():
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise CalibrationError(f"{name!r} has a {part} that is no finite number")
 
 
 def _read_sums(about: dict[str, Any], place: str, arrays: Mapping[str, Any]) -> SiteSums:
@@ -298,10 +316,17 @@ def _merged(
 
 
 def _mix(name: str, arrays: Mapping[str, Any]) -> Mix:
-    return Mix(arrays[f"{name}/matrix"], arrays[f"{name}/offset"])
+    mix = Mix(arrays[f"{name}/matrix"], arrays[f"{name}/offset"])
+    _check_finite(name, vars(mix))
+    return mix
 
 
 def _sketch(data: dict[str, Any]) -> SiteSketch:
+    """Raises TypeError, ValueError or KeyError for data of other types."""
+    NormKind(data["kind"])
+    numbers = data["eps"], *data["axes"], *(data["gamma"] or ()), *(data["beta"] or ())
+    if not all(isinstance(number, Real) for number in (*numbers, data["channels"] or 0)):
+        raise TypeError(f"a site is described by {data!r}")
     data["axes"] = tuple(data["axes"])
     for name in ("gamma", "beta"):
         data[name] = None if data[name] is None else tuple(data[name])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from .errors import CaptureError, MissingDependencyError, first_line
@@ -29,6 +31,7 @@ def load_folder(path: Path) -> torch.nn.Module:
     Only safetensors are read, and no code of the folder runs. Raises CaptureError, or
     MissingDependencyError without transformers.
     """
+    _check_names(path)
     if importlib.util.find_spec("transformers") is None:
         raise MissingDependencyError("transformers", "huggingface")
     import transformers
@@ -38,7 +41,9 @@ def load_folder(path: Path) -> torch.nn.Module:
             path, local_files_only=True, trust_remote_code=False
         )
         name = next(iter(config.architectures or ()), "AutoModel")
-        family = getattr(transformers, name, transformers.AutoModel)
+        family = getattr(transformers, name, None)
+        if not (isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)):
+            family = transformers.AutoModel
         model = family.from_pretrained(
             path, config=config, local_files_only=True, use_safetensors=True
         )
@@ -50,6 +55,37 @@ def load_folder(path: Path) -> torch.nn.Module:
         model.config.use_cache = False  # a cache is no output that a converted model is used for
     loaded: torch.nn.Module = model.eval()
     return loaded
+
+
+def _check_names(path: Path) -> None:
+    """Raise CaptureError where a file of the folder names something outside of it.
+
+    transformers joins the names of shards to the folder as they are, and takes an implementation of
+    the name "owner/kernel" for a library to be downloaded.
+    """
+    for file in (path / "config.json", *sorted(path.glob("*.index.json"))):
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise CaptureError(f"{str(file)!r} is no JSON: {first_line(error)}") from error
+        for key, name in _named(held, ""):
+            inside = PurePath(name).name == name
+            if not inside and (key.endswith("_implementation") or file.name != "config.json"):
+                raise CaptureError(
+                    f"{str(file)!r} names {name!r} for {key!r}; allowed: names without a folder"
+                )
+
+
+def _named(data: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every text below a key, with the innermost key that it has."""
+    if isinstance(data, str):
+        yield key, data
+    elif isinstance(data, Mapping):
+        for name, value in data.items():
+            yield from _named(value, name)
+    elif isinstance(data, list):
+        for value in data:
+            yield from _named(value, key)
 
 
 def example_inputs(model: Any, length: int) -> dict[str, torch.Tensor]:

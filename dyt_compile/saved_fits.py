@@ -40,7 +40,7 @@ def of_model(
     lossy = {site.name: site for site in found.sites if not site.kind.lossless}
     names = dict(zip(held.sketches(), lossy, strict=True))
     fits = {names[name]: fit for name, fit in held.fits.items()}
-    unknown = held.converted - names.keys()
+    unknown = {n for n in held.converted if n not in names or fits[names[n]].parameters is None}
     if unknown:
         raise CalibrationError(
             f"the calibration converts {min(unknown)!r}, for which it has no fit"

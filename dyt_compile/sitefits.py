@@ -149,7 +149,8 @@ def extended(prefix: str, place: int, fit: SiteFit) -> str:
 def sigma(rows: Array, *, centred: bool) -> npt.NDArray[np.float64]:
     """What the norm divides each row by (eps left out)."""
     wide = rows.astype(np.float64)
-    return np.asarray(wide.std(axis=1) if centred else np.sqrt((wide * wide).mean(axis=1)))
+    with np.errstate(invalid="ignore"):  # of rows that hold infinity, which then have none
+        return np.asarray(wide.std(axis=1) if centred else np.sqrt((wide * wide).mean(axis=1)))
 
 
 def _told(

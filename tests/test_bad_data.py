@@ -107,7 +107,7 @@ bad = st.builds(
 
 
 @pytest.mark.parametrize("fit", ["auto", "full"])
-@settings(max_examples=40)
+@settings(max_examples=25)
 @example(Bad((("everywhere", 0.0),), "f4", 16))
 @example(Bad((("channel", 3e38),), "f4", 16))
 @example(Bad((("token", 1e9),), "f4", 16))
@@ -139,7 +139,7 @@ numbers = st.floats(width=32, allow_nan=True, allow_infinity=True)
 rows = st.integers(0, 40)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data(), rows, st.integers(1, 4))
 def test_diagonal_fit_of_any_numbers_is_finite_or_says_why(
     data: st.DataObject, count: int, channels: int

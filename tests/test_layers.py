@@ -30,6 +30,7 @@ LAYERS = (
         "huggingface",
         "scatter",
         "programs",
+        "isolation",
     ),
     ("sitefits",),
     (

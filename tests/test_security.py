@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import dyt_compile
-from dyt_compile.errors import ExportError, printable
+from dyt_compile.errors import CaptureError, ExportError, printable
 from dyt_compile.exporters.tensorrt_process import RUNTIMES, call
 
 from .report.models import norms
@@ -145,6 +145,28 @@ def test_modules_beside_a_model_are_not_imported(
 )
 def test_text_for_a_terminal_cannot_move_its_cursor(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", '{"attn_implementation": "owner/kernel"}'),
+        ("config.json", '{"text_config": {"_attn_implementation": "../kernel"}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../../other.safetensors"}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "/other.safetensors"}}'),
+        ("config.json", "[" * 100_000),
+        ("config.json", "no JSON"),
+    ],
+)
+def test_folder_that_names_what_lies_elsewhere_is_refused(
+    tmp_path: Path, file: str, content: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / file).write_text(content)
+    with pytest.raises(CaptureError, match=file.replace(".", r"\.")) as caught:
+        dyt_compile.inspect(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 OFFLINE = """

@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "fuzz.json"
 
 PROGRESS_SECONDS = 30.0
 
-PARTS = 4
+PARTS = 10
 """Of the cases, of all kinds each: results are written behind every part."""
 
 
@@ -85,8 +85,9 @@ def _tally(tally: Tally, kind: str, numbers: range, corpus: Corpus) -> None:
         tally.add(result)
         if result.wrong:
             print(f"{kind} {result.number}: {result.outcome}, {result.message}", flush=True)
-        elif result.message and corpus.lacks(kind, result.message):
-            corpus.add(kind, result.number, result.message, case(kind, result.number))
+        elif result.message and corpus.lacks(result.message):
+            name = f"{kind}/{result.number}"
+            corpus.add(name, result.message, case(kind, result.number))
 
 
 def _shown(kind: str, results: Iterator[Result], total: int) -> Iterator[Result]:

@@ -3,56 +3,60 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
+import zlib
 from pathlib import Path
 
 from .cases import Case
 
 __all__ = ["Corpus", "alike", "load"]
 
+QUOTED = r"'[^']*'|\"[^\"]*\"|\[[^]]*\]|\([^)]*\)|--?[a-zA-Z][\w-]*"
+
 
 def alike(message: str) -> str:
     """A message without what differs between cases that are refused for one reason."""
-    plain = re.sub(r"'[^']*'|\"[^\"]*\"|\[[^]]*\]|\([^)]*\)", "…", message)
-    return re.sub(r"[-\d.e+]*\d[\w.+-]*", "0", plain)[:120]
+    return re.sub(r"[-\d.e+]*\d[\w.+-]*", "0", re.sub(QUOTED, "…", message))[:100]
 
 
 class Corpus:
-    """The first case of every kind and message."""
+    """The first case of every message."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, str], tuple[str, Case]] = {}
+        self._held: dict[str, tuple[str, Case]] = {}
 
-    def lacks(self, kind: str, message: str) -> bool:
-        """Whether no case of that kind was refused with a message like this one."""
-        return (kind, alike(message)) not in self._held
+    def lacks(self, message: str) -> bool:
+        """Whether no case was refused with a message like this one."""
+        return alike(message) not in self._held
 
-    def add(self, kind: str, number: int, message: str, case: Case) -> None:
+    def add(self, name: str, message: str, case: Case) -> None:
         """Take a case in."""
-        self._held[kind, alike(message)] = f"{kind}/{number}", case
+        self._held[alike(message)] = name, case
 
     def save(self, path: Path) -> None:
-        """Write all that is held."""
-        told = [
-            {
-                "name": name,
-                "message": message,
-                "arguments": case.arguments,
-                "files": {file: base64.b64encode(b).decode() for file, b in case.files.items()},
-            }
-            for (_, message), (name, case) in sorted(self._held.items())
-        ]
-        lines = ",\n".join(json.dumps(each) for each in told)
-        path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        """Write all that is held; files that several cases share stand there once."""
+        contents: dict[str, str] = {}
+        told = []
+        for message, (name, case) in sorted(self._held.items()):
+            files = {}
+            for file, data in case.files.items():
+                key = hashlib.blake2b(data, digest_size=6).hexdigest()
+                contents[key] = base64.b64encode(zlib.compress(data, 9)).decode()
+                files[file] = key
+            told.append(
+                {"name": name, "message": message, "arguments": case.arguments, "files": files}
+            )
+        text = json.dumps({"cases": told, "contents": contents}, indent=0)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def load(path: Path) -> list[Case]:
     """The cases of a file."""
+    held = json.loads(path.read_text(encoding="utf-8"))
+    contents = {k: zlib.decompress(base64.b64decode(v)) for k, v in held["contents"].items()}
     return [
-        Case(
-            tuple(each["arguments"]),
-            {name: base64.b64decode(text) for name, text in each["files"].items()},
-        )
-        for each in json.loads(path.read_text(encoding="utf-8"))
+        Case(tuple(each["arguments"]), {file: contents[key] for file, key in each["files"].items()})
+        for each in held["cases"]
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ from onnx_ir.passes import common as ir_passes
 from ..batches import as_arguments
 from ..dyt import DytParameters
 from ..errors import DataError, RewriteError
-from ..runtime import Session
+from ..isolation import try_out
+from ..runtime import PROVIDERS, Session, parse_provider
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
@@ -36,6 +37,7 @@ from .onnx_terms import say
 __all__ = ["OnnxGraph", "read_by"]
 
 Array = npt.NDArray[Any]
+Trial = Callable[[], None]
 
 LARGEST_INPUT = 1 << 28
 """Elements of an input that is made up."""
@@ -44,10 +46,14 @@ LARGEST_INPUT = 1 << 28
 class OnnxGraph:
     """An ONNX model as a graph; see `graphs.base.Graph`. Native values are NumPy arrays."""
 
-    def __init__(self, name: str, model: ir.Model, provider: str = "cpu") -> None:
+    def __init__(
+        self, name: str, model: ir.Model, provider: str = "cpu", trial: Trial | None = None
+    ) -> None:
+        """trial: is called before ONNX Runtime gets any part of the model."""
         self.name = name
         self._model = model
         self._provider = provider
+        self._trial = trial
         self._nodes = list(model.graph)
         self._order = {node: place for place, node in enumerate(model.graph.all_nodes())}
         self._scopes = Scopes(model.graph.all_nodes())
@@ -72,7 +78,8 @@ class OnnxGraph:
             model = load(path, folder)
             check(model)
             prepare(model)
-            return cls(path.stem, model, provider)
+            own = folder is not None  # a file that was just written
+            return cls(path.stem, model, provider, None if own else _trial(path, provider))
 
     @classmethod
     def from_model(cls, name: str, model: ir.Model, provider: str = "cpu") -> OnnxGraph:
@@ -136,6 +143,8 @@ class OnnxGraph:
 
     def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> OnnxSegment:
         """The nodes between two cuts, as a session of ONNX Runtime."""
+        if self._trial is not None:
+            self._trial()
         return OnnxSegment(self._model, start, stop, self.between(start, stop), self._provider)
 
     def between(self, start: Sequence[Value], stop: Sequence[Value]) -> list[ir.Node]:
@@ -185,7 +194,7 @@ class OnnxGraph:
             _put(model, copies, names, site, parameters)
         onnx_functions.declare(model)
         ir_passes.RemoveUnusedNodesPass()(model)
-        return OnnxGraph(self.name, model, self._provider)
+        return OnnxGraph(self.name, model, self._provider, self._trial)
 
     def revise(self, edits: Iterable[Edit]) -> OnnxGraph:
         """A new graph with the edits made; the other weights are shared, not copied."""
@@ -200,7 +209,7 @@ class OnnxGraph:
         own = [replace(p, output=copies[p.output]) for p in products]
         write_products(model, own, form, shared=shared)
         ir_passes.RemoveUnusedNodesPass()(model)
-        return OnnxGraph(self.name, model, self._provider)
+        return OnnxGraph(self.name, model, self._provider, self._trial)
 
     def _copied(self) -> tuple[ir.Model, dict[ir.Value, ir.Value]]:
         """A copy of the model that shares its weights, and its values by those of the model."""
@@ -296,6 +305,11 @@ class OnnxSegment:
             results = self._session.run([known[value] for value in self._inputs])
             known.update(zip(self._outputs, results, strict=True))
         return [known[value] for value in self._stop]
+
+
+def _trial(path: Path, provider: str) -> Trial:
+    """Loads a file where it can end no process but its own; once, if it goes well."""
+    return cache(lambda: try_out(path, PROVIDERS[parse_provider(provider)[0]]))
 
 
 def _put(
@@ -399,8 +413,9 @@ def _given(value: Value, given: Any) -> Array:
         array = np.asarray(given.numpy() if hasattr(given, "numpy") else given)
     except ValueError as error:
         raise DataError(f"input {value.name!r} is given lists of unequal lengths") from error
-    # Strings and objects are of models that take text alone; a custom dtype, bfloat16, is "V".
-    fits = array.dtype.kind in ("OUS" if value.dtype == "object" else "biufV")
+    # Strings and objects are of models that take text alone; bfloat16 is "V", as records are.
+    kinds = "OUS" if value.dtype == "object" else "biufV"
+    fits = array.dtype.kind in kinds and array.dtype.type is not np.void
     if not fits or (value.shape is not None and len(value.shape) != array.ndim):
         sizes = "any shape" if value.shape is None else [n or "any" for n in value.shape]
         raise DataError(

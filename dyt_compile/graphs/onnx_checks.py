@@ -47,6 +47,7 @@ def check(model: ir.Model) -> None:
     bodies = [(f.graph, f.opset_imports) for f in model.functions.values()]
     for graph, opsets in [(model.graph, model.opset_imports), *bodies]:
         for each in (graph, *graph.subgraphs()):
+            _check_names(each)
             _check_values(each)
             for node in each:
                 _check_node(node, opsets)
@@ -92,6 +93,16 @@ def _check_values(graph: ir.Graph) -> None:
         _check_tensor(value.const_value)
 
 
+def _check_names(graph: ir.Graph) -> None:
+    """Protobuf hands on as bytes what is no UTF-8."""
+    nodes = (name for node in graph for name in (node.op_type, node.domain, node.name))
+    ends = (value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()))
+    made = (value.name for node in graph for value in node.outputs)
+    for name in (*nodes, *ends, *made):
+        if isinstance(name, bytes):
+            raise _invalid(f"the name {name!r} is no UTF-8")
+
+
 def _exists(value: ir.Value) -> bool:
     return value.producer() is not None or value.is_graph_input() or value.is_initializer()
 
@@ -129,7 +140,7 @@ def _check_node(node: ir.Node, opsets: Opsets) -> None:
         if held is None:
             if declared.required:
                 raise _wrong(node, f"has no {name!r}")
-        elif held.type.value != declared.type.value:  # type: ignore[attr-defined]
+        elif held.type.name != str(declared.type).rpartition(".")[2]:
             raise _wrong(node, f"has a {name!r} of type {held.type.name}")
 
 
