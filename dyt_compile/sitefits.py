@@ -96,7 +96,7 @@ class SiteFit:
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Everything fitted, by name."""
         held = {} if self.parameters is None else self.parameters.named()
-        return held if self.mix is None else held | vars(self.mix)
+        return held if self.mix is None else held | self.mix.named()
 
 
 def fit_site(sums: SiteSums, later: Iterable[RowSample] = (), squash: str = "tanh") -> SiteFit:

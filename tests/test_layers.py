@@ -19,7 +19,19 @@ LAYERS = (
     # what knows of nothing but itself: formulas, words, files
     ("errors", "dyt", "progress", "clock"),
     ("inductor",),
-    ("terms", "batches", "files", "fits", "ridge", "metrics", "nn", "huggingface", "scatter"),
+    (
+        "terms",
+        "batches",
+        "files",
+        "fits",
+        "ridge",
+        "metrics",
+        "nn",
+        "huggingface",
+        "scatter",
+        "memory",
+        "weights",
+    ),
     ("sitefits",),
     (
         "sites",
@@ -40,7 +52,7 @@ LAYERS = (
     ("graphs", "runtime"),
     # the user's samples as native values of a graph
     ("data", "shelf", "revision", "projections"),
-    ("walk", "refits"),
+    ("walk", "refits", "footprint"),
     ("passes",),
     ("exporters", "backends"),
     ("report", "trials"),
@@ -54,8 +66,10 @@ LAYERS = (
 TORCH_AT_THE_TOP = {
     "inductor", "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo",
     "graphs.fx",
-    "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
-    "graphs.fx_training", "losses", "checkpoints", "passes.recover", "training",
+    "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_memory", "graphs.fx_regions",
+    "graphs.fx_terms",
+    "graphs.fx_training", "graphs.fx_weights", "losses", "checkpoints", "passes.recover",
+    "training",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt_worker", "exporters.plugin.ahead_of_time", "runtime"}
 APART = ("passes",)

@@ -42,6 +42,21 @@ def calibrate(
     exclude: Exclude = None,
     batch_size: BatchSize = 32,
     provider: ProviderName = "cpu",
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights of a MODEL that a function builds on the meta device: .safetensors or "
+            ".safetensors.index.json.",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What the process may hold, as 8GB: kept, or refused beforehand.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sample of rows.")] = 0,
     verbose: Verbose = False,
 ) -> None:
@@ -63,6 +78,8 @@ def calibrate(
             exclude=tuple(exclude or ()),
             seed=seed,
             provider=provider,
+            state=state,
+            memory=memory,
         )
         for other in others:
             made = made.merge(other)

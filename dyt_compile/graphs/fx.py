@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from itertools import count
 from operator import getitem
 from types import MappingProxyType
@@ -22,9 +23,11 @@ from ..errors import DataError, RewriteError, first_line
 from ..nn import operator, parameter
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
-from .base import Batch, Edit
+from ..weights import Weights
+from .base import Batch, Edit, Load
 from .fx_constants import attribute, scalar_of
 from .fx_edits import make_edits, targets
+from .fx_memory import Tally
 from .fx_regions import is_write, subgraphs
 from .fx_terms import say
 
@@ -52,6 +55,7 @@ class FxGraph:
     module: a GraphModule of aten operators, parameters as `get_attr` nodes.
     args, kwargs: the example it was traced with; needed to export it again.
     weights: placeholders that hold weights, as Dynamo lifts them: their path and whether learned.
+    stored: where the weights lie that the module has on the meta device; a segment reads its own.
     """
 
     def __init__(
@@ -61,12 +65,14 @@ class FxGraph:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         weights: Mapping[torch.fx.Node, tuple[str, bool]] = MappingProxyType({}),
+        stored: Weights | None = None,
     ) -> None:
         self.name = name
         self.args = args
         self.kwargs = kwargs
         self._module = module
         self._weights = weights
+        self._stored = stored
         for node in list(module.graph.nodes):
             _simplify(module.graph, node)
         self._order: dict[torch.fx.Node, int] = {}  # with those of its subgraphs
@@ -137,13 +143,49 @@ class FxGraph:
 
     def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> FxSegment:
         """The nodes between two cuts."""
+        return self._segment(start, stop, self._held)
+
+    def loads(
+        self,
+        cuts: Sequence[tuple[Sequence[Value], Sequence[Value]]],
+        batch: Batch,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[Load]:
+        """What segments take; a dry run over tensors without numbers tells."""
+        tally = Tally(self._module, self._stored)
+        known = {
+            value: tally.empty(shapes[name], batch[name].dtype) if name in shapes else batch[name]
+            for name, value in self.inputs.items()
+        }
+        found = []
+        for start, stop in cuts:
+            run = self._segment(start, stop, tally.weight)
+            try:
+                load, results = tally.run(run, [known[value] for value in start])
+            except DataError as error:
+                raise RewriteError(f"without data no shape is known: {error}") from error
+            known |= dict(zip(stop, results, strict=True))
+            found.append(load)
+        return found
+
+    def _segment(
+        self, start: Sequence[Value], stop: Sequence[Value], held: Callable[[str], Any]
+    ) -> FxSegment:
         known = {value.native for value in start}
         needed = ancestors([value.native for value in stop], known)
         nodes = sorted(needed - known, key=self._order.__getitem__)
         missing = [node for node in nodes if node.op == "placeholder"]
         if missing:
             raise RewriteError(f"a cut of the graph lacks the input {missing[0].target!r}")
-        return FxSegment(self._module, [v.native for v in start], nodes, [v.native for v in stop])
+        ends = [v.native for v in start], nodes, [v.native for v in stop]
+        return FxSegment(self._module, *ends, held)
+
+    def _held(self, path: str) -> Any:
+        """What the module holds under a path, or a file for it."""
+        held = attribute(self._module, path)
+        if self._stored is None or not (isinstance(held, torch.Tensor) and held.is_meta):
+            return held
+        return self._stored.read(path).to(held.dtype)
 
     def constant(self, value: Value) -> Array | None:
         """A constant's value, in float32 where it was bfloat16; None on meta tensors."""
@@ -217,7 +259,7 @@ class FxGraph:
         """The graph of a module that holds the attributes."""
         module = torch.fx.GraphModule(attributes, graph)
         module.train(self._module.training)
-        return FxGraph(self.name, module, self.args, self.kwargs)
+        return FxGraph(self.name, module, self.args, self.kwargs, stored=self._stored)
 
     def _attach(
         self,
@@ -322,11 +364,16 @@ class FxGraph:
         }
 
     def _device(self) -> torch.device:
-        return next((p.device for p in self._module.parameters()), torch.device("cpu"))
+        devices = (p.device for p in self._module.parameters() if not p.is_meta)
+        return next(devices, torch.device("cpu"))
 
 
 class FxSegment:
-    """Nodes of a GraphModule, run in order; what is used no more is released at once."""
+    """Nodes of a GraphModule, run in order; what is used no more is released at once.
+
+    held: gives what the module holds under a path; weights that lie in files are so read when they
+    are first used, and go with the segment.
+    """
 
     def __init__(
         self,
@@ -334,8 +381,10 @@ class FxSegment:
         start: Sequence[torch.fx.Node],
         nodes: Sequence[torch.fx.Node],
         stop: Sequence[torch.fx.Node],
+        held: Callable[[str], Any],
     ) -> None:
         self._module = module
+        self._held = cache(held)
         self._start = start
         self._nodes = nodes
         self._stop = stop
@@ -366,7 +415,7 @@ class FxSegment:
 
     def _run(self, node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> Any:
         if node.op == "get_attr":
-            return attribute(self._module, str(node.target))
+            return self._held(str(node.target))
         args = torch.fx.node.map_arg(node.args, env.__getitem__)
         kwargs = torch.fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.op == "call_module":

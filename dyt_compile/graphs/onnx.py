@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,11 @@ from ..runtime import Session
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
-from .base import Batch, Edit, Stored
+from .base import Batch, Edit, Load, Stored
 from .onnx_constants import held, is_parameter, scalar, stored
 from .onnx_edits import make_edits, rounded
 from .onnx_files import load, settle
+from .onnx_memory import most_bytes, sizes, weight_load
 from .onnx_precision import Names
 from .onnx_prepare import OLDEST_OPSET, check_inputs, prepare, restore
 from .onnx_quantize import Format, Product, write_products
@@ -131,6 +132,22 @@ class OnnxGraph:
     def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> OnnxSegment:
         """The nodes between two cuts, as a session of ONNX Runtime."""
         return OnnxSegment(self._model, start, stop, self.between(start, stop), self._provider)
+
+    def loads(
+        self,
+        cuts: Sequence[tuple[Sequence[Value], Sequence[Value]]],
+        batch: Batch,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[Load]:
+        """What segments take; shapes that are inferred tell."""
+        size = sizes(self._model, shapes)
+        found = []
+        for start, stop in cuts:
+            nodes = self.between(start, stop)
+            ends = [v.native for v in start], [v.native for v in stop]
+            most = most_bytes(nodes, *ends, size) + weight_load(nodes)
+            found.append(Load(most, tuple(map(size, ends[1]))))
+        return found
 
     def between(self, start: Sequence[Value], stop: Sequence[Value]) -> list[ir.Node]:
         """The nodes that compute `stop` from `start`, in execution order."""
