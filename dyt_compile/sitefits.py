@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .dyt import DytParameters, Mix
 from .fits import ROWS, Fit, RowSample, fit_diagonal, relative_error
-from .ridge import FullFit, GramSums, refit_full
+from .ridge import CHUNK, FullFit, GramSums, refit_full
 from .scatter import Scatter
 
 __all__ = [
@@ -148,8 +148,12 @@ def extended(prefix: str, place: int, fit: SiteFit) -> str:
 
 def sigma(rows: Array, *, centred: bool) -> npt.NDArray[np.float64]:
     """What the norm divides each row by (eps left out)."""
-    wide = rows.astype(np.float64)
-    return np.asarray(wide.std(axis=1) if centred else np.sqrt((wide * wide).mean(axis=1)))
+    found = np.empty(len(rows), np.float64)
+    for start in range(0, len(rows), CHUNK):  # in float64 they take twice the sample's memory
+        own = slice(start, start + CHUNK)
+        wide = rows[own].astype(np.float64)
+        found[own] = wide.std(axis=1) if centred else np.sqrt((wide * wide).mean(axis=1))
+    return found
 
 
 def _told(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import CaptureError, OptionError, first_line
 
@@ -23,48 +24,92 @@ WHOLE, SHARDED = "model.safetensors", f"model{INDEX}"
 """How files of weights are called in a folder of transformers."""
 
 
+DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+}  # fmt: skip
+"""What safetensors and torch call the same numbers."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: so many bytes of a file."""
+
+    file: Path
+    start: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Where tensors lie, by name: a file, and what they are called in it."""
+    """Where tensors lie, by name.
 
-    places: Mapping[str, tuple[Path, str]]
+    Files are read, not mapped: a mapped page counts as memory of the process, and is never given
+    back while another tensor of the file is in use.
+    """
+
+    places: Mapping[str, _Place]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which stays where it is."""
-        with self._opened(name) as file:
-            return tuple(file.get_slice(self.places[name][1]).get_shape())
+        return self.places[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, which stays where it is."""
-        if not self.shape(name):
-            return self.read(name).dtype
-        with self._opened(name) as file:
-            dtype: torch.dtype = file.get_slice(self.places[name][1])[:0].dtype
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.places[name].dtype)
         return dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in memory of its own: files are read, not mapped, so that none of them stays.
-
-        Raises CaptureError where the file is not what it was.
-        """
-        try:
-            with self._opened(name) as file:
-                tensor: torch.Tensor = file.get_tensor(self.places[name][1])
-        except Exception as error:
-            raise CaptureError(
-                f"the weight {name!r} cannot be read from {str(self.places[name][0])!r}: "
-                f"{first_line(error)}"
-            ) from error
+        """A tensor. Raises CaptureError where the file is not what it was."""
+        (found,) = self._read(name, [0], self.places[name].size)
+        tensor: torch.Tensor = found.view(self.dtype(name)).reshape(self.shape(name))
         return tensor
+
+    def rows(self, name: str, places: torch.Tensor) -> torch.Tensor:
+        """Rows of a matrix: [*places.shape, columns]. Raises IndexError as torch does."""
+        wanted, order = places.unique(return_inverse=True)
+        count, columns = self.shape(name)
+        if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < count:
+            raise IndexError("index out of range in self")
+        found = self._read(name, wanted.tolist(), self.places[name].size // max(count, 1))
+        return found.view(self.dtype(name)).reshape(-1, columns)[order]
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """The same tensors under other names: `names` gives the present one of each."""
         return Weights({new: self.places[old] for new, old in names.items()})
 
-    def _opened(self, name: str) -> Any:
-        from safetensors import safe_open
+    def _read(self, name: str, rows: Sequence[int], size: int) -> torch.Tensor:
+        """Some rows of a tensor of so many bytes each, as bytes."""
+        import torch
 
-        return safe_open(str(self.places[name][0]), framework="pt", backend="pread")
+        place = self.places[name]
+        found = torch.empty(len(rows), size, dtype=torch.uint8)
+        try:
+            with place.file.open("rb", buffering=0) as file:
+                for row, held in zip(rows, found.numpy(), strict=True):
+                    file.seek(place.start + row * size)
+                    if _fill(file, held.data) < size:
+                        raise EOFError("it ends too early")
+        except (OSError, EOFError) as error:
+            raise CaptureError(
+                f"the weight {name!r} cannot be read from {str(place.file)!r}: {first_line(error)}"
+            ) from error
+        return found
+
+
+def _fill(file: RawIOBase, held: memoryview) -> int:
+    """Read as many bytes as there is room for, or up to the end; how many. One call may give less
+    than is asked for: 2 GB at most on Linux."""
+    done = 0
+    while done < len(held) and (got := file.readinto(held[done:])):
+        done += got
+    return done
 
 
 def open_weights(path: Path) -> Weights:
@@ -77,7 +122,7 @@ def open_weights(path: Path) -> Weights:
     try:
         if path.name.endswith(INDEX):
             return _sharded(path)
-        return Weights({key: (path, key) for key in _keys(path)})
+        return Weights(_held(path))
     except CaptureError:
         raise
     except Exception as error:
@@ -103,15 +148,25 @@ def _sharded(index: Path) -> Weights:
             raise CaptureError(
                 f"{str(index)!r} tells of the file {shard!r}; allowed: names of files beside it"
             )
-    held = {shard: _keys(index.with_name(shard)) for shard in set(told.values())}
+    held = {shard: _held(index.with_name(shard)) for shard in set(told.values())}
     for name, shard in told.items():
         if name not in held[shard]:
             raise CaptureError(f"{str(index)!r} tells of {name!r} in {shard!r}, which lacks it")
-    return Weights({name: (index.with_name(shard), name) for name, shard in told.items()})
+    return Weights({name: held[shard][name] for name, shard in told.items()})
 
 
-def _keys(path: Path) -> set[str]:
+def _held(path: Path) -> dict[str, _Place]:
+    """The tensors of one file. safetensors checks its head, and tells all but where they begin."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt", backend="pread") as file:
-        return set(file.keys())
+        names = set(file.keys())
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(length))
+    found = {}
+    for name in names:
+        start, stop = head[name]["data_offsets"]
+        dtype, shape = DTYPES[head[name]["dtype"]], tuple(head[name]["shape"])
+        found[name] = _Place(path, 8 + length + start, stop - start, dtype, shape)
+    return found

@@ -30,6 +30,7 @@ from .fx_edits import make_edits, targets
 from .fx_memory import Tally
 from .fx_regions import is_write, subgraphs
 from .fx_terms import say
+from .fx_weights import Holder
 
 __all__ = [
     "FxGraph",
@@ -47,6 +48,9 @@ NO_EFFECT = {"aten::_assert_tensor_metadata"}
 
 AS_OTHER = {"aten::type_as", "aten::view_as", "aten::expand_as", "aten::reshape_as"}
 """Nodes that read the dtype or the shape of a second operand, where that may be known."""
+
+
+LOOKUP = torch.ops.aten.embedding.default
 
 
 class FxGraph:
@@ -73,6 +77,7 @@ class FxGraph:
         self._module = module
         self._weights = weights
         self._stored = stored
+        self._holder = Holder(module, stored)
         for node in list(module.graph.nodes):
             _simplify(module.graph, node)
         self._order: dict[torch.fx.Node, int] = {}  # with those of its subgraphs
@@ -143,7 +148,7 @@ class FxGraph:
 
     def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> FxSegment:
         """The nodes between two cuts."""
-        return self._segment(start, stop, self._held)
+        return self._segment(start, stop, self._holder)
 
     def loads(
         self,
@@ -159,7 +164,7 @@ class FxGraph:
         }
         found = []
         for start, stop in cuts:
-            run = self._segment(start, stop, tally.weight)
+            run = self._segment(start, stop, tally)
             try:
                 load, results = tally.run(run, [known[value] for value in start])
             except DataError as error:
@@ -168,9 +173,7 @@ class FxGraph:
             found.append(load)
         return found
 
-    def _segment(
-        self, start: Sequence[Value], stop: Sequence[Value], held: Callable[[str], Any]
-    ) -> FxSegment:
+    def _segment(self, start: Sequence[Value], stop: Sequence[Value], holder: Holder) -> FxSegment:
         known = {value.native for value in start}
         needed = ancestors([value.native for value in stop], known)
         nodes = sorted(needed - known, key=self._order.__getitem__)
@@ -178,14 +181,7 @@ class FxGraph:
         if missing:
             raise RewriteError(f"a cut of the graph lacks the input {missing[0].target!r}")
         ends = [v.native for v in start], nodes, [v.native for v in stop]
-        return FxSegment(self._module, *ends, held)
-
-    def _held(self, path: str) -> Any:
-        """What the module holds under a path, or a file for it."""
-        held = attribute(self._module, path)
-        if self._stored is None or not (isinstance(held, torch.Tensor) and held.is_meta):
-            return held
-        return self._stored.read(path).to(held.dtype)
+        return FxSegment(self._module, *ends, holder)
 
     def constant(self, value: Value) -> Array | None:
         """A constant's value, in float32 where it was bfloat16; None on meta tensors."""
@@ -371,8 +367,8 @@ class FxGraph:
 class FxSegment:
     """Nodes of a GraphModule, run in order; what is used no more is released at once.
 
-    held: gives what the module holds under a path; weights that lie in files are so read when they
-    are first used, and go with the segment.
+    Weights that lie in files are read when they are first used, and go with the segment; of tables
+    in which rows are looked up (embeddings), only those rows are read.
     """
 
     def __init__(
@@ -381,10 +377,11 @@ class FxSegment:
         start: Sequence[torch.fx.Node],
         nodes: Sequence[torch.fx.Node],
         stop: Sequence[torch.fx.Node],
-        held: Callable[[str], Any],
+        holder: Holder,
     ) -> None:
         self._module = module
-        self._held = cache(held)
+        self._holder = holder
+        self._whole = cache(holder.whole)
         self._start = start
         self._nodes = nodes
         self._stop = stop
@@ -392,6 +389,7 @@ class FxSegment:
         for node in nodes:
             for operand in node.all_input_nodes:
                 last_use[operand] = node
+        self._tables = {node for node in nodes if _is_table(node, set(nodes), holder)}
         kept = set(stop)
         self._released: dict[torch.fx.Node, list[torch.fx.Node]] = {}
         for operand, node in last_use.items():
@@ -414,8 +412,13 @@ class FxSegment:
         return [env[node] for node in self._stop]
 
     def _run(self, node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> Any:
+        if node in self._tables:
+            return str(node.target)
         if node.op == "get_attr":
-            return self._held(str(node.target))
+            return self._whole(str(node.target))
+        if node.target is LOOKUP and node.args[0] in self._tables:
+            table, places = node.all_input_nodes
+            return self._holder.rows(env[table], env[places])
         args = torch.fx.node.map_arg(node.args, env.__getitem__)
         kwargs = torch.fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.op == "call_module":
@@ -423,6 +426,17 @@ class FxSegment:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _is_table(node: torch.fx.Node, own: set[torch.fx.Node], holder: Holder) -> bool:
+    """Whether a weight lies in a file, and a segment does nothing with it but look up rows."""
+    readers = [reader for reader in node.users if reader in own]
+    return (
+        node.op == "get_attr"
+        and bool(readers)
+        and all(r.target is LOOKUP and r.args[0] is node is not r.args[1] for r in readers)
+        and holder.stored(str(node.target)) is not None
+    )
 
 
 def argument_paths(

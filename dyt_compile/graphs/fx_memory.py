@@ -14,20 +14,19 @@ from torch.utils._pytree import tree_leaves
 from ..weights import Weights
 from .base import Load
 from .fx_constants import attribute
+from .fx_weights import Holder
 
 __all__ = ["Tally"]
 
 
-class Tally:
+class Tally(Holder):
     """Dry runs of segments of one module.
 
-    stored: where the weights lie that the module has on the meta device: those are counted, the
-    others are in memory already.
+    Weights that are read from files are counted; the others are in memory already.
     """
 
     def __init__(self, module: torch.nn.Module, stored: Weights | None) -> None:
-        self._module = module
-        self._stored = stored
+        super().__init__(module, stored)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -35,16 +34,23 @@ class Tally:
         with self._mode:
             return torch.empty(shape, dtype=dtype)
 
-    def weight(self, path: str) -> Any:
-        """What stands for what the module holds under a path."""
-        held = attribute(self._module, path)
+    def whole(self, path: str) -> Any:
+        """What stands for all of what lies under a path."""
+        held, files = attribute(self._module, path), self.stored(path)
         if not isinstance(held, torch.Tensor):
             return held
-        if self._stored is None or not held.is_meta:
+        if files is None:
             with _disable_current_modes(), self._mode:
                 return torch.empty_strided(held.shape, held.stride(), dtype=held.dtype)
         with self._mode:
-            return torch.empty(held.shape, dtype=self._stored.dtype(path)).to(held.dtype)
+            return torch.empty(held.shape, dtype=files.dtype(path)).to(held.dtype)
+
+    def rows(self, path: str, places: torch.Tensor) -> torch.Tensor:
+        """What stands for rows of a matrix: as many for the places as if none were named twice."""
+        held = attribute(self._module, path)
+        with self._mode:
+            table = torch.empty(places.numel(), held.shape[1], dtype=held.dtype)
+            return torch.cat([table]).reshape(*places.shape, held.shape[1])
 
     def run(
         self, segment: Callable[[Sequence[Any]], list[Any]], values: Sequence[Any]

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import CaptureError
 from ..weights import SMALL_BYTES, Weights
+from .fx_constants import attribute
 
-__all__ = ["absent", "laid", "named_weights", "stood_in"]
+__all__ = ["Holder", "absent", "laid", "named_weights", "stood_in"]
 
 
 def absent(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -65,6 +66,32 @@ def laid(module: torch.fx.GraphModule, weights: Weights) -> None:
             held = weights.read(path).to(tensor.dtype) if small else _meta(tensor)
             made[path] = torch.nn.Parameter(held, False) if _learned(tensor) else held
     _put(module, made)
+
+
+class Holder:
+    """What a module holds, and files for it. stored: where the weights lie that are absent."""
+
+    def __init__(self, module: torch.nn.Module, stored: Weights | None) -> None:
+        self._module = module
+        self._stored = stored
+
+    def stored(self, path: str) -> Weights | None:
+        """The files in which a weight lies, None where the module holds it."""
+        held = attribute(self._module, path)
+        absent = isinstance(held, torch.Tensor) and held.is_meta
+        return self._stored if absent else None
+
+    def whole(self, path: str) -> Any:
+        """All of what lies under a path."""
+        files, held = self.stored(path), attribute(self._module, path)
+        return held if files is None else files.read(path).to(held.dtype)
+
+    def rows(self, path: str, places: torch.Tensor) -> torch.Tensor:
+        """Rows of a matrix that is stored."""
+        files, held = self.stored(path), attribute(self._module, path)
+        if files is None:
+            raise CaptureError(f"the weight {path!r} is not in a file")
+        return files.rows(path, places).to(held.dtype)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

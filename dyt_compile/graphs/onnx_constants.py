@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ..weights import SMALL_BYTES
+
 __all__ = [
     "LARGEST",
     "held",
@@ -63,7 +65,7 @@ def held(value: ir.Value) -> npt.NDArray[Any] | None:
     """
     tensor, node = stored(value), value.producer()
     if tensor is not None:
-        return np.asarray(tensor.numpy())
+        return _numbers(tensor)
     if node is None or node.domain != "" or node.op_type not in ("Cast", "Identity"):
         return None
     source = None if node.inputs[0] is None else held(node.inputs[0])
@@ -71,6 +73,15 @@ def held(value: ir.Value) -> npt.NDArray[Any] | None:
         return source
     dtype = ir.DataType(node.attributes.get_int("to", 0))
     return source.astype(dtype.numpy()) if {_cast_name(source.dtype), dtype.name} <= CAST else None
+
+
+def _numbers(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
+    """What a tensor holds. A small one is read: onnx_ir maps all of its file, and keeps that."""
+    outside = isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth >= 8
+    if not outside or tensor.nbytes >= SMALL_BYTES:
+        return np.asarray(tensor.numpy())
+    raw = np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.offset or 0)
+    return raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
 
 
 def _cast_name(dtype: np.dtype[Any]) -> str:

@@ -81,7 +81,7 @@ def calibrate(
     rounding of the model's own arithmetic. memory_bytes: of the process; kept, or refused with an
     OptionError before anything is run. Memory does not grow with the samples, but for 8 bytes a
     sample and one byte a position of the attention mask: activations beyond `Shelf`'s limit go to
-    files, and a site of C channels takes 8 C max(6144, 8 C) bytes of rows; a full fit 40 C^2 more
+    files, and a site of C channels takes 8 C max(6144, 8 C) bytes of rows; a full fit 28 C^2 more
     while it is solved, 4 C (C + 1) once it is done.
     """
     sites = [site for site in match.sites if not site.kind.lossless]
