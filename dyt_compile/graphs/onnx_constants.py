@@ -77,8 +77,8 @@ def held(value: ir.Value) -> npt.NDArray[Any] | None:
 
 def _numbers(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
     """What a tensor holds. A small one is read: onnx_ir maps all of its file, and keeps that."""
-    outside = isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth >= 8
-    if not outside or tensor.nbytes >= SMALL_BYTES:
+    small = tensor.nbytes < SMALL_BYTES and tensor.dtype.bitwidth >= 8
+    if not isinstance(tensor, ir.ExternalTensor) or not small:
         return np.asarray(tensor.numpy())
     raw = np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.offset or 0)
     return raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
