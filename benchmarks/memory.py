@@ -57,7 +57,7 @@ RUNS = {
     "diagonal": Run(("--fit", "diagonal")),
     "auto": Run(),
     "auto, promised": Run(memory="1.5GB", limited=True),
-    "diagonal, promised": Run(("--fit", "diagonal"), memory="1.2GB", limited=True),
+    "diagonal, promised": Run(("--fit", "diagonal"), memory="1.24GB", limited=True),
     "onnx, diagonal": Run(("--fit", "diagonal"), onnx=True),
 }
 

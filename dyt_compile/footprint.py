@@ -42,8 +42,9 @@ STREAMED = 28
 """Bytes for an element of a batch while its rows are read or DyT is put in: copies in float32 of
 input and output, as they lie, as rows, and as rows that count."""
 
-DIAGONAL = 24
-"""Bytes for an element of the rows of a diagonal fit: two copies in float64, or six in float32."""
+DIAGONAL = 8
+"""Bytes for an element of the rows of a diagonal fit: copies of the quarter that is held out, and
+what is worked out some rows or some channels at a time."""
 
 SITE_BYTES, SAMPLE_BYTES, VALUE_BYTES = 1 << 14, 8, 1 << 10
 """Of a fit without arrays (what is drawn of it above all), a sample's key, a value's handle."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,16 @@ WHOLE, SHARDED = "model.safetensors", f"model{INDEX}"
 
 
 DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
-    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "U16": ("uint16", 2), "U32": ("uint32", 4),
+    "U64": ("uint64", 8), "I8": ("int8", 1), "I16": ("int16", 2), "I32": ("int32", 4),
+    "I64": ("int64", 8), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
+    "F16": ("float16", 2), "BF16": ("bfloat16", 2), "F32": ("float32", 4), "F64": ("float64", 8),
 }  # fmt: skip
-"""What safetensors and torch call the same numbers."""
+"""What safetensors and torch call the same numbers, and their bytes.
+The format: github.com/safetensors/safetensors, "Format"."""
+
+HEAD_BYTES = 100_000_000
+"""The longest head that safetensors allows."""
 
 
 @dataclass(frozen=True)
@@ -156,17 +161,27 @@ def _sharded(index: Path) -> Weights:
 
 
 def _held(path: Path) -> dict[str, _Place]:
-    """The tensors of one file. safetensors checks its head, and tells all but where they begin."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt", backend="pread") as file:
-        names = set(file.keys())
+    """The tensors of one file, by its head; safetensors itself maps the whole file to read it."""
+    end = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        head = json.loads(file.read(length))
-    found = {}
-    for name in names:
-        start, stop = head[name]["data_offsets"]
-        dtype, shape = DTYPES[head[name]["dtype"]], tuple(head[name]["shape"])
-        found[name] = _Place(path, 8 + length + start, stop - start, dtype, shape)
-    return found
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if not 8 < start <= min(end, HEAD_BYTES):
+            raise ValueError(f"it has {end} bytes, and its head would end at {start}")
+        head = json.loads(file.read(start - 8))
+    head.pop("__metadata__", None)
+    return {name: _placed(path, start, end, **told) for name, told in head.items()}
+
+
+def _placed(
+    path: Path, start: int, end: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]
+) -> _Place:
+    """A tensor of a file whose data begins and ends there. Raises ValueError for another place."""
+    if dtype not in DTYPES:
+        raise ValueError(f"it holds tensors of {dtype}; allowed: {', '.join(DTYPES)}")
+    first, last = data_offsets
+    size = prod(shape) * int(DTYPES[dtype][1])
+    if min(shape, default=0) < 0 or not 0 <= first <= first + size == last <= end - start:
+        raise ValueError(
+            f"a tensor of {dtype} {shape} should lie at {first} to {last} of {end - start} bytes"
+        )
+    return _Place(path, start + first, size, DTYPES[dtype][0], tuple(shape))

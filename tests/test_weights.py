@@ -151,6 +151,7 @@ def test_weights_are_read_once_a_stage_and_released(
     assert sorted(name for name in names if "down" in name) == [
         f"blocks.{block}.down.weight" for block in range(3)
     ]
+    assert "embed.weight" not in names  # its rows are looked up
     assert most <= 4 * WIDTH * (8 * WIDTH + 4 * WIDTH + 2 * WIDTH)  # one block of three
 
 
@@ -227,6 +228,53 @@ def test_index_that_tells_of_what_a_shard_lacks_is_refused(index: Path) -> None:
     index.write_text(json.dumps({"weight_map": told}))
     with pytest.raises(CaptureError, match=r"'embed.weight' in '.\.safetensors', which lacks it"):
         open_weights(index)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "[]", "{", '{"a": 1}', '{"a": {"dtype": "F32", "shape": [1]}}',
+        '{"a": {"dtype": "F31", "shape": [1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        '{"a": {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "path": "x"}}',
+    ],
+)  # fmt: skip
+def test_damaged_head_is_refused(tmp_path: Path, head: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(head).to_bytes(8, "little") + head.encode() + bytes(4))
+    with pytest.raises(CaptureError, match="holds no weights"):
+        open_weights(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"1234567", b"\xff" * 20, (50).to_bytes(8, "little")])
+def test_file_without_a_head_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(CaptureError, match="holds no weights"):
+        open_weights(path)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "int64", "uint8", "bool"])
+def test_tensors_are_those_of_safetensors(tmp_path: Path, dtype: str) -> None:
+    made = {
+        name: torch.randn(shape).mul(9).to(getattr(torch, dtype))
+        for name, shape in {"one": (), "none": (0, 3), "many": (7, 5), "odd": (3,)}.items()
+    }
+    save_file(made, tmp_path / "model.safetensors")
+    weights = open_weights(tmp_path)
+    for name, tensor in made.items():
+        found = weights.read(name)
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found, tensor)
+    places = torch.tensor([[6, 0], [6, 2]])
+    assert torch.equal(weights.rows("many", places), made["many"][places])
+    for place in (7, -1):
+        with pytest.raises(IndexError):
+            weights.rows("many", torch.tensor([place]))
 
 
 def test_cut_off_file_is_refused(model: Words, tmp_path: Path) -> None:
