@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from dyt_compile.errors import ExportError
-from dyt_compile.files import replaced
+from dyt_compile.files import replaced, write_arrays
 
 pytestmark = pytest.mark.core
 
@@ -137,3 +140,21 @@ def test_companion_that_cannot_be_placed_leaves_the_old_file(tmp_path: Path) -> 
         _write(target, "new", "new data")
     assert target.read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+
+
+def test_arrays_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    groups = {
+        "first": {"x": random.normal(size=(3, 5)).astype(np.float32), "seen": np.arange(3)},
+        "second/call": {"y": random.normal(size=7).T, "few": np.array([1, 2, 3], np.uint8)},
+    }
+    path = tmp_path / "arrays.safetensors"
+    write_arrays(path, {name: dict(held).copy for name, held in groups.items()}, {"about": "it"})
+    found = load_file(path)
+    expected = {f"{g}/{name}": a for g, held in groups.items() for name, a in held.items()}
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata() == {"about": "it"}

@@ -67,7 +67,7 @@ def most_bytes(
     for node in nodes:
         if any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values()):
             raise RewriteError(f"the values inside of {node.op_type} {node.name!r} have no shapes")
-        live += sum(map(size, node.outputs))
+        live += sum(size(v) for v in node.outputs if v in last or v in stop)
         most = max(most, live)
         ended = {v for v in node.inputs if v is not None and last[v] is node}
         live -= sum(size(v) for v in ended if v.producer() in own and v not in stop)
