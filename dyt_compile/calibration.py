@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType, NoneType
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from .dyt import PARAMETERS, SQUASHES, DytParameters, Mix, Refit
 from .errors import CalibrationError
-from .files import replaced
+from .files import Arrays, replaced, write_arrays
 from .fits import RowSample
 from .ridge import GramSums
 from .sitefits import SiteFit, SiteSums, extended, follow, refit
@@ -100,15 +101,10 @@ class Calibration:
         A full fit takes 4 C (C + 1) bytes for the C channels of its site, a refit as many as its
         weight and bias in float32, sums what `SiteSums` tells.
         """
-        from safetensors.numpy import save_file
-
-        arrays = {  # safetensors writes an array's memory as it lies
-            f"{name}/{part}": np.require(array, requirements="C")
-            for name, fit in self.fits.items()
-            for part, array in _arrays(fit).items()
+        held: dict[str, Callable[[], Arrays]] = {
+            name: partial(_arrays, fit) for name, fit in self.fits.items()
         }
-        for name, moved in self.refits.items():
-            arrays |= {f"{REFIT}{name}/{part}": array for part, array in vars(moved.mix).items()}
+        held |= {f"{REFIT}{name}": moved.mix.named for name, moved in self.refits.items()}
         about = {
             "version": VERSION,
             "converted": sorted(self.converted),
@@ -117,7 +113,7 @@ class Calibration:
             "refits": {n: [r.before, r.after, r.place] for n, r in self.refits.items()},
         }
         with replaced(Path(path)) as temporary:
-            save_file(arrays, temporary, metadata={"dyt_compile": json.dumps(about)})
+            write_arrays(temporary, held, {"dyt_compile": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

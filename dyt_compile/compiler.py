@@ -18,6 +18,7 @@ from .eight_bits import EightBits
 from .errors import DataError, OptionError
 from .exclusion import candidates, patterns
 from .graphs.base import Batch, Graph
+from .memory import parse_bytes
 from .metrics import Measurement, Metric, check_metric, named
 from .passes.calibrate import calibrate as fit_sites
 from .passes.capture import capture
@@ -92,7 +93,8 @@ def inspect(
     trust: open a `.pt2` file whatever it may run; else only one in which nothing can.
     Raises CaptureError or OptionError.
     """
-    return match(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, trust=trust))
+    graph = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, trust=trust, lazy=True)
+    return match(graph)
 
 
 def fold(
@@ -293,6 +295,8 @@ def calibrate(
     seed: int = 0,
     provider: str = "cpu",
     trust: bool = False,
+    state: str | Path | None = None,
+    memory: str | int | None = None,
 ) -> Calibration:
     """Fit every norm of a model on all of `batches`; `convert(model, calibration=…)` applies that.
 
@@ -303,18 +307,33 @@ def calibrate(
     keep_sums: keep what the fits were made from, for `Calibration.merge`: 8 C max(6144, 8 C) bytes
     for a site of C channels, and 48 C^2 more for a full fit.
 
+    The model may be larger than memory: weights in a Hugging Face folder, or in files beside an
+    .onnx file, are read when the walk comes to them, those between two sites at a time, and
+    released after. state: the same for a module that was built on the meta device, whose weights
+    lie in a .safetensors file, in the shards of a .safetensors.index.json, or in a folder of them.
+    memory: what the process may hold, such as "8GB": batches are run in parts and values go to
+    temporary files as that demands, or it is refused before anything is run, with what it takes.
+
     Raises OptionError, CaptureError, DataError.
     """
     if activations not in ACTIVATIONS:
         raise OptionError(f"activations is {activations!r}; allowed: {', '.join(ACTIVATIONS)}")
     _checked("all", batches, 1.0, "relative", seed)
     _check_fit(fit)
+    memory_bytes = None if memory is None else parse_bytes(memory)
     exclude = patterns(exclude)
     args, kwargs = _example(example, batches)
     graph = capture(
-        model, args, kwargs, batches=batches, dynamic_shapes=dynamic_shapes, provider=provider,
+        model,
+        args,
+        kwargs,
+        batches=batches,
+        dynamic_shapes=dynamic_shapes,
+        provider=provider,
         trust=trust,
-    )  # fmt: skip
+        state=state,
+        lazy=True,
+    )
     found = match(graph)
     allowed = candidates(found, exclude)
     chosen = [s.name for s in found.sites if s.name in allowed or s.tied_to in allowed]
@@ -327,6 +346,7 @@ def calibrate(
         fit=fit,
         keep_sums=keep_sums,
         refits=fit == "auto",
+        memory_bytes=memory_bytes,
     )
     able = (name for name in chosen if fitted.fits[name].parameters is not None)
     return replace(fitted, converted=frozenset(able))

@@ -19,8 +19,8 @@ from .errors import DataError, first_line
 from .graphs.base import Batch, Graph
 
 __all__ = [
-    "FIRST", "HALVES", "SHARES", "UNPLANNED", "Part", "Splits", "attention_mask", "load", "pieces",
-    "sample_keys", "split", "whole",
+    "FIRST", "HALVES", "SHARES", "UNPLANNED", "Part", "Splits", "attention_mask", "cut", "largest",
+    "load", "pieces", "sample_keys", "split", "whole",
 ]  # fmt: skip
 
 SHARES = (0.5, 0.25, 0.25)
@@ -114,6 +114,39 @@ def whole(graph: Graph, batches: Iterable[Any]) -> Part:
     if not sizes:
         raise DataError("the data holds no batch")
     return Part(splitter.bound, tuple(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])))
+
+
+def cut(graph: Graph, samples: Part, size: int) -> Part:
+    """The same samples in the same order, at most `size` a batch."""
+    splitter = _Splitter(graph, ())
+
+    def make() -> Iterator[Batch]:
+        for batch in samples:
+            own = np.arange(splitter.size(batch))
+            for start in range(0, len(own), size):
+                yield splitter.rows(batch, own[start : start + size])
+
+    starts = ((places, n) for places in samples.places for n in range(0, len(places), size))
+    return Part(make, tuple(places[n : n + size] for places, n in starts))
+
+
+def largest(graph: Graph, samples: Part, size: int) -> tuple[Batch, dict[str, tuple[int, ...]]]:
+    """A batch, and shapes of its tensors that no batch of at most `size` samples has a larger of.
+
+    Of every axis it is the greatest length, though no batch may have all of them.
+    """
+    splitter = _Splitter(graph, ())
+    batch: Batch = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for batch in samples:
+        for name, value in batch.items():
+            if shape := tuple(getattr(value, "shape", ())):
+                held = shapes.get(name, shape)
+                shapes[name] = tuple(max(pair) for pair in zip(held, shape, strict=True))
+    for name, shape in shapes.items():
+        if splitter.sampled(name, batch[name], splitter.size(batch)):
+            shapes[name] = (min(size, shape[0]), *shape[1:])
+    return batch, shapes
 
 
 def pieces(

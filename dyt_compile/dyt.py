@@ -163,6 +163,10 @@ class Mix:
         mixed = np.moveaxis(x, axis, -1) @ self.matrix + self.offset
         return np.moveaxis(mixed, -1, axis)
 
+    def named(self) -> dict[str, Array]:
+        """Both, by name."""
+        return {"matrix": self.matrix, "offset": self.offset}
+
 
 @dataclass(frozen=True, eq=False)
 class Refit:

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import json
 import os
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from .errors import DytCompileError, ExportError
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["check_writable", "replaced", "work_folder"]
+__all__ = ["Arrays", "check_writable", "replaced", "work_folder", "write_arrays"]
 
 PREFIX = ".dyt-compile-"
 
@@ -38,6 +43,46 @@ def check_writable(target: Path) -> None:
     """Raise what `replaced` raises before anything is written; for checks before long work."""
     with _beside(target):
         pass
+
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+KINDS = {"f": "F", "i": "I", "u": "U"}
+"""Of dtypes: the letters of NumPy, and those of safetensors."""
+
+
+def write_arrays(
+    path: Path, groups: Mapping[str, Callable[[], Arrays]], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file of arrays called "group/name", one group in memory at a time.
+
+    safetensors itself takes all arrays at once. groups: each gives its arrays, the same whenever
+    it is called. The format: github.com/safetensors/safetensors, "Format".
+    """
+    head: dict[str, Any] = {"__metadata__": dict(metadata)}
+    sizes = sorted({a.itemsize for group in groups.values() for a in group().values()})[::-1]
+    end = 0
+    for name, array in _by_size(groups, sizes):
+        start, end = end, end + array.nbytes
+        dtype = f"{KINDS[array.dtype.kind]}{8 * array.itemsize}"
+        head[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, end]}
+    told = json.dumps(head).encode()
+    told += b" " * (-len(told) % 8)
+    with path.open("wb") as file:
+        file.write(len(told).to_bytes(8, "little") + told)
+        for _, array in _by_size(groups, sizes):
+            file.write(np.ascontiguousarray(array).data)
+
+
+def _by_size(
+    groups: Mapping[str, Callable[[], Arrays]], sizes: Iterable[int]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """The arrays, those of the widest numbers first: so each lies where its numbers may."""
+    for size in sizes:
+        for group, arrays in groups.items():
+            for name, array in arrays().items():
+                if array.itemsize == size:
+                    yield f"{group}/{name}", array
 
 
 @contextmanager

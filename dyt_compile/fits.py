@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,9 @@ over a sample leaves float32, nor alpha. Those of models end at 1e5."""
 
 SATURATED = 0.98
 """Beyond, the inverse of tanh says little: its slope is under 0.04."""
+
+BLOCK = 64
+"""Channels that are worked on at once."""
 
 FINE = 11
 """Values of alpha between the neighbours of the best coarse one."""
@@ -124,9 +128,8 @@ class RowSample:
 
 def _reorder(array: Array, order: Places) -> None:
     """Sort rows in place, some channels at a time: a whole copy would double what a fit takes."""
-    for start in range(0, array.shape[1], 64):
-        block = array[:, start : start + 64]
-        block[:] = block[order]
+    for own in _blocks(array):
+        array[:, own] = array[order, own]
 
 
 def fit_diagonal(x: Array, y: Array, squash: str = "tanh") -> Fit | str:
@@ -147,7 +150,7 @@ def fit_diagonal(x: Array, y: Array, squash: str = "tanh") -> Fit | str:
     if squash != "identity":
         alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale, squash)
     held = np.arange(len(x)) % HELD_OUT == 0
-    trial = _parameters(_regress(x[~held], y[~held], alpha, squash), alpha, squash)
+    trial = _parameters(_regress(x, y, alpha, squash, ~held), alpha, squash)
     error = relative_error(trial, x[held], y[held])
     return Fit(_parameters(_regress(x, y, alpha, squash), alpha, squash), error)
 
@@ -168,7 +171,8 @@ def typical(x: Array) -> float | None:
     Where a tenth of the tokens is massive (a thousand times the others: the first one, separators),
     plain standard deviations are theirs, and no alpha near them is one for the others.
     """
-    deviations = x.std(axis=0, dtype=np.float64)
+    blocks = (x[:, own].std(axis=0, dtype=np.float64) for own in _blocks(x))
+    deviations = np.concatenate([np.empty(0), *blocks])
     varying = deviations > 0  # constant channels, dead or padded, say nothing of alpha
     if not varying.any():
         return None
@@ -229,7 +233,18 @@ def _best_alpha(x: Array, y: Array, scale: float, squash: str) -> float:
     return float(grid[best])
 
 
-def _regress(x: Array, y: Array, alpha: float, squash: str) -> _Regression:
+def _regress(
+    x: Array, y: Array, alpha: float, squash: str, rows: npt.NDArray[np.bool_] | None = None
+) -> _Regression:
+    """Some channels at a time: copies of all would double what a fit takes. rows: those to use."""
+    own = slice(None) if rows is None else rows
+    parts = [_regressed(x[own, c], y[own, c], alpha, squash) for c in _blocks(x)]
+    gamma, beta, residues = map(np.concatenate, zip(*parts, strict=True))
+    return _Regression(gamma, beta, float(residues.sum()))
+
+
+def _regressed(x: Array, y: Array, alpha: float, squash: str) -> tuple[Statistics, ...]:
+    """Gamma, beta and the residue of each channel."""
     t = SQUASHES[squash](np.float32(alpha) * x)
     mean_t, mean_y = t.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)
     t -= mean_t.astype(np.float32)  # moments of centred values lose no digits
@@ -238,7 +253,12 @@ def _regress(x: Array, y: Array, alpha: float, squash: str) -> _Regression:
     covariance = np.einsum("rc,rc->c", t, centred).astype(np.float64) / len(x)
     total = np.einsum("rc,rc->c", centred, centred).astype(np.float64) / len(x)
     gamma = covariance / (variance + 1e-10)
-    return _Regression(gamma, mean_y - gamma * mean_t, float((total - gamma * covariance).sum()))
+    return gamma, mean_y - gamma * mean_t, total - gamma * covariance
+
+
+def _blocks(x: Array) -> Iterator[slice]:
+    """Some channels after the other."""
+    return (slice(start, start + BLOCK) for start in range(0, x.shape[1], BLOCK))
 
 
 def _ranks(keys: Keys, seed: int) -> Keys:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from .errors import CaptureError, MissingDependencyError, first_line
+from .weights import Weights, open_weights
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["example_inputs", "is_folder", "load_folder"]
+__all__ = ["example_inputs", "is_folder", "load_folder", "open_folder"]
 
 ROWS = 2
 SECOND = 16_000
@@ -31,30 +33,95 @@ def load_folder(path: Path) -> torch.nn.Module:
     Only safetensors are read, and no code of the folder runs. Raises CaptureError, or
     MissingDependencyError without transformers.
     """
-    _check_names(path)
+    with _reading(path):
+        family, config = _family(path)
+        return _ready(family.from_pretrained(
+            path, config=config, local_files_only=True, use_safetensors=True
+        ))  # fmt: skip
+
+
+def open_folder(path: Path) -> tuple[torch.nn.Module, Weights | None]:
+    """The model of a folder on the meta device, and where its weights lie.
+
+    They are loaded, and None comes with them, where some are not in the files as the model has
+    them: merged from several, or quantized. Raises as `load_folder`.
+    """
+    with _reading(path):
+        family, config = _family(path)
+        found = _over_stand_ins(family, config, open_weights(path))
+    return found or (load_folder(path), None)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     if importlib.util.find_spec("transformers") is None:
         raise MissingDependencyError("transformers", "huggingface")
-    import transformers
-
+    _check_names(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-        name = next(iter(config.architectures or ()), "AutoModel")
-        family = getattr(transformers, name, None)
-        if not (isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)):
-            family = transformers.AutoModel
-        model = family.from_pretrained(
-            path, config=config, local_files_only=True, use_safetensors=True
-        )
+        yield
     except Exception as error:
         raise CaptureError(
             f"transformers cannot load the folder {str(path)!r}: {first_line(error)}"
         ) from error
+
+
+def _family(path: Path) -> tuple[Any, Any]:
+    """The class of a folder's model, and its config."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        path, local_files_only=True, trust_remote_code=False
+    )
+    name = next(iter(config.architectures or ()), "AutoModel")
+    family = getattr(transformers, name, None)
+    if not (isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)):
+        family = transformers.AutoModel
+    return family, config
+
+
+def _over_stand_ins(
+    family: Any, config: Any, weights: Weights
+) -> tuple[torch.nn.Module, Weights] | None:
+    """The model, loaded from tensors of one element each, by which its own are known again.
+
+    So transformers itself says which name of a file is which of the model's, ties them and
+    computes its buffers. None where a tensor is another than those.
+    """
+    if not hasattr(family, "config_class") or hasattr(config, "quantization_config"):
+        return None
+    stand_ins = {name: _stand_in(weights, name, config.dtype) for name in weights.places}
+    model, told = family.from_pretrained(
+        None, config=config, state_dict=stand_ins, output_loading_info=True
+    )
+    origins = {tensor.data_ptr(): name for name, tensor in stand_ins.items()}
+    names, absent = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        origin = origins.get(tensor.data_ptr())
+        if origin is not None:
+            names[name] = origin
+            absent[name] = tensor.new_empty(tensor.shape, device="meta")
+        elif name not in told["missing_keys"]:
+            return None
+    model.load_state_dict(absent, strict=False, assign=True)
+    model.tie_weights()
+    return _ready(model), weights.renamed(names)
+
+
+def _stand_in(weights: Weights, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor of the shape of one in a file, of one element; in the dtype that a model has."""
+    import torch
+
+    own = weights.dtype(name)
+    kept = own if dtype is None or not own.is_floating_point else dtype
+    return torch.zeros((), dtype=kept).expand(weights.shape(name))
+
+
+def _ready(model: Any) -> torch.nn.Module:
+    """The model in evaluation mode, and without a cache, which no converted model is used for."""
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # a cache is no output that a converted model is used for
-    loaded: torch.nn.Module = model.eval()
-    return loaded
+        model.config.use_cache = False
+    ready: torch.nn.Module = model.eval()
+    return ready
 
 
 def _check_names(path: Path) -> None:

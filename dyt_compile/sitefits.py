@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .dyt import DytParameters, Mix
 from .fits import ROWS, Fit, RowSample, fit_diagonal, relative_error
-from .ridge import FullFit, GramSums, refit_full
+from .ridge import CHUNK, FullFit, GramSums, refit_full
 from .scatter import Scatter
 
 __all__ = [
@@ -96,7 +96,7 @@ class SiteFit:
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Everything fitted, by name."""
         held = {} if self.parameters is None else self.parameters.named()
-        return held if self.mix is None else held | vars(self.mix)
+        return held if self.mix is None else held | self.mix.named()
 
 
 def fit_site(sums: SiteSums, later: Iterable[RowSample] = (), squash: str = "tanh") -> SiteFit:
@@ -148,9 +148,13 @@ def extended(prefix: str, place: int, fit: SiteFit) -> str:
 
 def sigma(rows: Array, *, centred: bool) -> npt.NDArray[np.float64]:
     """What the norm divides each row by (eps left out)."""
-    wide = rows.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # of rows that hold infinity, which then have none
-        return np.asarray(wide.std(axis=1) if centred else np.sqrt((wide * wide).mean(axis=1)))
+    found = np.empty(len(rows), np.float64)
+    for start in range(0, len(rows), CHUNK):  # in float64 they take twice the sample's memory
+        own = slice(start, start + CHUNK)
+        wide = rows[own].astype(np.float64)
+        with np.errstate(invalid="ignore"):  # of rows that hold infinity, which then have none
+            found[own] = wide.std(axis=1) if centred else np.sqrt((wide * wide).mean(axis=1))
+    return found
 
 
 def _told(

@@ -14,11 +14,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from dyt_compile import files
 from dyt_compile.errors import ExportError
-from dyt_compile.files import LOCK, PREFIX, check_writable, replaced, work_folder
+from dyt_compile.files import (
+    LOCK,
+    PREFIX,
+    check_writable,
+    replaced,
+    work_folder,
+    write_arrays,
+)
 
 pytestmark = pytest.mark.core
 
@@ -346,3 +356,21 @@ def test_full_disk_is_told_whatever_the_library_says(
     with pytest.raises(ExportError, match=told), replaced(target):
         raise RuntimeError("enforce fail")
     assert _contents(tmp_path) == {"model.onnx": "old"}
+
+
+def test_arrays_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    groups = {
+        "first": {"x": random.normal(size=(3, 5)).astype(np.float32), "seen": np.arange(3)},
+        "second/call": {"y": random.normal(size=7).T, "few": np.array([1, 2, 3], np.uint8)},
+    }
+    path = tmp_path / "arrays.safetensors"
+    write_arrays(path, {name: dict(held).copy for name, held in groups.items()}, {"about": "it"})
+    found = load_file(path)
+    expected = {f"{g}/{name}": a for g, held in groups.items() for name, a in held.items()}
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata() == {"about": "it"}

@@ -31,6 +31,8 @@ LAYERS = (
         "scatter",
         "programs",
         "isolation",
+        "memory",
+        "weights",
     ),
     ("sitefits",),
     (
@@ -53,7 +55,7 @@ LAYERS = (
     ("graphs", "runtime"),
     # the user's samples as native values of a graph
     ("data", "shelf", "revision", "projections"),
-    ("walk", "refits"),
+    ("walk", "refits", "footprint"),
     ("passes",),
     ("exporters", "backends"),
     ("report", "trials"),
@@ -67,8 +69,10 @@ LAYERS = (
 TORCH_AT_THE_TOP = {
     "inductor", "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo",
     "graphs.fx",
-    "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
-    "graphs.fx_training", "losses", "checkpoints", "passes.recover", "tracing", "training",
+    "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_memory", "graphs.fx_regions",
+    "graphs.fx_terms",
+    "graphs.fx_training", "graphs.fx_weights", "losses", "checkpoints", "passes.recover",
+    "tracing", "training",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt_worker", "exporters.plugin.ahead_of_time", "runtime"}
 APART = ("passes",)

@@ -43,6 +43,21 @@ def calibrate(
     exclude: Exclude = None,
     batch_size: BatchSize = 32,
     provider: ProviderName = "cpu",
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights of a MODEL that a function builds on the meta device: .safetensors or "
+            ".safetensors.index.json.",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What the process may hold, as 8GB: kept, or refused beforehand.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sample of rows.")] = 0,
     trust: Trust = False,
     verbose: Verbose = False,
@@ -67,6 +82,8 @@ def calibrate(
             seed=seed,
             provider=provider,
             trust=trust,
+            state=state,
+            memory=memory,
         )
         for other in others:
             made = made.merge(other)

@@ -16,7 +16,7 @@ from ..errors import RewriteError
 from ..sites import NormSite
 from ..terms import Term, Value
 
-__all__ = ["Batch", "Edit", "Graph", "Segment", "Stored", "numpy_dtype"]
+__all__ = ["Batch", "Edit", "Graph", "Load", "Segment", "Stored", "numpy_dtype"]
 
 Array = npt.NDArray[Any]
 Batch = Mapping[str, Any]
@@ -108,6 +108,14 @@ class Segment(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Load:
+    """Bytes that a part of a graph takes while it runs: at most, and of each of its results."""
+
+    most: int
+    made: tuple[int, ...]
+
+
 class Graph(Protocol):
     """A model, seen as terms in execution order.
 
@@ -130,6 +138,19 @@ class Graph(Protocol):
 
     def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> Segment:
         """The part of the graph that computes `stop` from `start` and the graph's constants."""
+        ...
+
+    def loads(
+        self,
+        cuts: Sequence[tuple[Sequence[Value], Sequence[Value]]],
+        batch: Batch,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[Load]:
+        """What segments take, one after the other, weights that they read from files included.
+
+        cuts: start and stop of each. Nothing is computed. batch: an example, for the dtypes;
+        shapes: of its tensors. Raises RewriteError where the data alone tells a shape.
+        """
         ...
 
     def constant(self, value: Value) -> Array | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from itertools import count
 from operator import getitem
 from types import MappingProxyType
@@ -22,11 +23,14 @@ from ..errors import DataError, RewriteError, first_line
 from ..nn import operator, parameter
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
-from .base import Batch, Edit
+from ..weights import Weights
+from .base import Batch, Edit, Load
 from .fx_constants import attribute, scalar_of
 from .fx_edits import make_edits, targets
+from .fx_memory import Tally
 from .fx_regions import is_write, subgraphs
 from .fx_terms import say
+from .fx_weights import Holder
 
 __all__ = [
     "FxGraph",
@@ -46,12 +50,16 @@ AS_OTHER = {"aten::type_as", "aten::view_as", "aten::expand_as", "aten::reshape_
 """Nodes that read the dtype or the shape of a second operand, where that may be known."""
 
 
+LOOKUP = torch.ops.aten.embedding.default
+
+
 class FxGraph:
     """A torch model as a graph; see `graphs.base.Graph`.
 
     module: a GraphModule of aten operators, parameters as `get_attr` nodes.
     args, kwargs: the example it was traced with; needed to export it again.
     weights: placeholders that hold weights, as Dynamo lifts them: their path and whether learned.
+    stored: where the weights lie that the module has on the meta device; a segment reads its own.
     """
 
     def __init__(
@@ -61,12 +69,15 @@ class FxGraph:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         weights: Mapping[torch.fx.Node, tuple[str, bool]] = MappingProxyType({}),
+        stored: Weights | None = None,
     ) -> None:
         self.name = name
         self.args = args
         self.kwargs = kwargs
         self._module = module
         self._weights = weights
+        self._stored = stored
+        self._holder = Holder(module, stored)
         for node in list(module.graph.nodes):
             _simplify(module.graph, node)
         self._order: dict[torch.fx.Node, int] = {}  # with those of its subgraphs
@@ -137,13 +148,40 @@ class FxGraph:
 
     def segment(self, start: Sequence[Value], stop: Sequence[Value]) -> FxSegment:
         """The nodes between two cuts."""
+        return self._segment(start, stop, self._holder)
+
+    def loads(
+        self,
+        cuts: Sequence[tuple[Sequence[Value], Sequence[Value]]],
+        batch: Batch,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[Load]:
+        """What segments take; a dry run over tensors without numbers tells."""
+        tally = Tally(self._module, self._stored)
+        known = {
+            value: tally.empty(shapes[name], batch[name].dtype) if name in shapes else batch[name]
+            for name, value in self.inputs.items()
+        }
+        found = []
+        for start, stop in cuts:
+            run = self._segment(start, stop, tally)
+            try:
+                load, results = tally.run(run, [known[value] for value in start])
+            except DataError as error:
+                raise RewriteError(f"without data no shape is known: {error}") from error
+            known |= dict(zip(stop, results, strict=True))
+            found.append(load)
+        return found
+
+    def _segment(self, start: Sequence[Value], stop: Sequence[Value], holder: Holder) -> FxSegment:
         known = {value.native for value in start}
         needed = ancestors([value.native for value in stop], known)
         nodes = sorted(needed - known, key=self._order.__getitem__)
         missing = [node for node in nodes if node.op == "placeholder"]
         if missing:
             raise RewriteError(f"a cut of the graph lacks the input {missing[0].target!r}")
-        return FxSegment(self._module, [v.native for v in start], nodes, [v.native for v in stop])
+        ends = [v.native for v in start], nodes, [v.native for v in stop]
+        return FxSegment(self._module, *ends, holder)
 
     def constant(self, value: Value) -> Array | None:
         """A constant's value, in float32 where it was bfloat16; None on meta tensors."""
@@ -222,7 +260,7 @@ class FxGraph:
         """The graph of a module that holds the attributes."""
         module = torch.fx.GraphModule(attributes, graph)
         module.train(self._module.training)
-        return FxGraph(self.name, module, self.args, self.kwargs)
+        return FxGraph(self.name, module, self.args, self.kwargs, stored=self._stored)
 
     def _attach(
         self,
@@ -327,11 +365,16 @@ class FxGraph:
         }
 
     def _device(self) -> torch.device:
-        return next((p.device for p in self._module.parameters()), torch.device("cpu"))
+        devices = (p.device for p in self._module.parameters() if not p.is_meta)
+        return next(devices, torch.device("cpu"))
 
 
 class FxSegment:
-    """Nodes of a GraphModule, run in order; what is used no more is released at once."""
+    """Nodes of a GraphModule, run in order; what is used no more is released at once.
+
+    Weights that lie in files are read when they are first used, and go with the segment; of tables
+    in which rows are looked up (embeddings), only those rows are read.
+    """
 
     def __init__(
         self,
@@ -339,8 +382,11 @@ class FxSegment:
         start: Sequence[torch.fx.Node],
         nodes: Sequence[torch.fx.Node],
         stop: Sequence[torch.fx.Node],
+        holder: Holder,
     ) -> None:
         self._module = module
+        self._holder = holder
+        self._whole = cache(holder.whole)
         self._start = start
         self._nodes = nodes
         self._stop = stop
@@ -348,6 +394,7 @@ class FxSegment:
         for node in nodes:
             for operand in node.all_input_nodes:
                 last_use[operand] = node
+        self._tables = {node for node in nodes if _is_table(node, set(nodes), holder)}
         kept = set(stop)
         self._released: dict[torch.fx.Node, list[torch.fx.Node]] = {}
         for operand, node in last_use.items():
@@ -370,8 +417,13 @@ class FxSegment:
         return [env[node] for node in self._stop]
 
     def _run(self, node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> Any:
+        if node in self._tables:
+            return str(node.target)
         if node.op == "get_attr":
-            return attribute(self._module, str(node.target))
+            return self._whole(str(node.target))
+        if node.target is LOOKUP and node.args[0] in self._tables:
+            table, places = node.all_input_nodes
+            return self._holder.rows(env[table], env[places])
         args = torch.fx.node.map_arg(node.args, env.__getitem__)
         kwargs = torch.fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.op == "call_module":
@@ -379,6 +431,17 @@ class FxSegment:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _is_table(node: torch.fx.Node, own: set[torch.fx.Node], holder: Holder) -> bool:
+    """Whether a weight lies in a file, and a segment does nothing with it but look up rows."""
+    readers = [reader for reader in node.users if reader in own]
+    return (
+        node.op == "get_attr"
+        and bool(readers)
+        and all(r.target is LOOKUP and r.args[0] is node is not r.args[1] for r in readers)
+        and holder.stored(str(node.target)) is not None
+    )
 
 
 def argument_paths(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,12 +22,13 @@ from ..runtime import PROVIDERS, Session, parse_provider
 from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
-from .base import Batch, Edit, Stored, numpy_dtype
+from .base import Batch, Edit, Load, Stored, numpy_dtype
 from .onnx_checks import check, reading
 from .onnx_constants import held, is_parameter, scalar, stored
 from .onnx_derived import kept
 from .onnx_edits import make_edits
 from .onnx_files import load, settle
+from .onnx_memory import most_bytes, sizes, weight_load
 from .onnx_precision import Names
 from .onnx_prepare import OLDEST_OPSET, prepare, restore
 from .onnx_quantize import Format, Product, write_products
@@ -146,6 +147,22 @@ class OnnxGraph:
         if self._trial is not None:
             self._trial()
         return OnnxSegment(self._model, start, stop, self.between(start, stop), self._provider)
+
+    def loads(
+        self,
+        cuts: Sequence[tuple[Sequence[Value], Sequence[Value]]],
+        batch: Batch,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[Load]:
+        """What segments take; shapes that are inferred tell."""
+        size = sizes(self._model, shapes)
+        found = []
+        for start, stop in cuts:
+            nodes = self.between(start, stop)
+            ends = [v.native for v in start], [v.native for v in stop]
+            most = most_bytes(nodes, *ends, size) + weight_load(nodes)
+            found.append(Load(most, tuple(map(size, ends[1]))))
+        return found
 
     def between(self, start: Sequence[Value], stop: Sequence[Value]) -> list[ir.Node]:
         """The nodes that compute `stop` from `start`, in execution order."""

@@ -20,6 +20,7 @@ from ..calibration import Calibration, SiteSketch, digest, sketch
 from ..data import Part
 from ..dyt import Refit
 from ..fits import ROWS, RowSample
+from ..footprint import Walked, room_within
 from ..graphs.base import Graph
 from ..graphs.cuts import Stage, place, stages
 from ..mixing import obstacle, scaling_obstacle
@@ -61,6 +62,7 @@ def calibrate(
     keep_sums: bool = False,
     refits: bool = False,
     squashes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    memory_bytes: int | None = None,
 ) -> Calibration:
     """Fits of every lossy site, the sites named in `convert` applied as the walk goes.
 
@@ -76,9 +78,10 @@ def calibrate(
     keep_sums: fits hold what they were made from, so that `Calibration.merge` can add other runs.
 
     The fits do not depend on how the samples are split into batches, nor on their order, up to the
-    rounding of the model's own arithmetic. Memory does not grow with the samples, but for 8 bytes a
+    rounding of the model's own arithmetic. memory_bytes: of the process; kept, or refused with an
+    OptionError before anything is run. Memory does not grow with the samples, but for 8 bytes a
     sample and one byte a position of the attention mask: activations beyond `Shelf`'s limit go to
-    files, and a site of C channels takes 8 C max(6144, 8 C) bytes of rows; a full fit 40 C^2 more
+    files, and a site of C channels takes 8 C max(6144, 8 C) bytes of rows; a full fit 28 C^2 more
     while it is solved, 4 C (C + 1) once it is done.
     """
     sites = [site for site in match.sites if not site.kind.lossless]
@@ -89,7 +92,11 @@ def calibrate(
     behind = projections(graph, converted) if refits else []
     points: list[NormSite | Projection] = [*sites, *behind]
     points.sort(key=lambda point: place(point.output))
-    with Shelf(graph) as shelf:
+    again = {site.tied_to for site in sites}
+    full = {s.name for s in sites if _unmixed(s, s.name in again, graph, fit) is None}
+    room = room_within(memory_bytes, Walked(graph, points, frozenset(full), keep_sums), samples)
+    samples = room.samples
+    with Shelf(graph, room.shelf_bytes) as shelf:
         later_calls = _later_calls(graph, sites, shelf, samples, seed)
         walk = Walk(graph, shelf, samples)
         for stage, following, site in zip(
@@ -102,13 +109,13 @@ def calibrate(
                     moved[site.name] = replace(better, place=behind.index(site))
                 continue
             others = later_calls.get(site.name, ())
-            unmixed = _unmixed(site, others, graph, fit)
-            sample = walk.observe(site, stage, _sample(seed, site, unmixed))
-            sums = _sums(site, sample, prefix)
+            unmixed = _unmixed(site, bool(others), graph, fit)
+            sums = _sums(site, walk.observe(site, stage, _sample(seed, site, unmixed)), prefix)
             if site.tied_to is None:
                 calls = [call for call in sites if site.name in (call.name, call.tied_to)]
-                fitting = _Fitting(calls, sums, others, unmixed, graph, walk, fit, keep_sums)
-                found = fitting.best(squashes.get(site.name, ("tanh",)))
+                found = _Fitting(calls, sums, others, unmixed, graph, walk, fit, keep_sums).best(
+                    squashes.get(site.name, ("tanh",))
+                )
             else:
                 found = follow(fits[site.tied_to], sums)
                 found = replace(found, unmixed=unmixed, scatter=_drawn(found, sums, graph, site))
@@ -116,6 +123,8 @@ def calibrate(
             applied = site.name in convert and found.parameters is not None
             prefix = extended(prefix, len(fits), found) if applied else prefix
             walk.apply(site, found if applied else None, stage, following)
+            fits[site.name] = room.stored(fits[site.name])
+            del found, sums  # their rows, before the next site's are gathered
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
     return Calibration(
         MappingProxyType(fits), fingerprint(graph, match), done, MappingProxyType(moved)
@@ -175,11 +184,11 @@ def _later_calls(
     return found
 
 
-def _unmixed(site: NormSite, others: Collection[RowSample], graph: Graph, fit: str) -> str | None:
-    """Why a site gets no full fit, None where it may."""
+def _unmixed(site: NormSite, again: bool, graph: Graph, fit: str) -> str | None:
+    """Why a site gets no full fit, None where it may. again: whether its module is called again."""
     if fit == "diagonal":
         return "fit is diagonal"
-    if others or site.tied_to is not None:
+    if again or site.tied_to is not None:
         return "its module is called several times"
     return obstacle(site, graph.outputs)
 

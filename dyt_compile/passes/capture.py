@@ -6,6 +6,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ import numpy as np
 from ..batches import as_arguments
 from ..errors import CaptureError, DataError, OptionError, first_line
 from ..graphs.base import Graph
-from ..huggingface import example_inputs, is_folder, load_folder
+from ..huggingface import example_inputs, is_folder, load_folder, open_folder
 from ..programs import check_program
 from ..requirements import check_version
+from ..weights import Weights, open_weights
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,8 @@ def capture(
     dynamic_shapes: Any = None,
     provider: str = "cpu",
     trust: bool = False,
+    state: str | Path | None = None,
+    lazy: bool = False,
 ) -> Graph:
     """The graph of a model.
 
@@ -44,6 +48,9 @@ def capture(
     args, kwargs: an example of its inputs; needed for modules alone.
     dynamic_shapes: as for `torch.export.export`; by default axis 0 of every tensor is dynamic,
     and every axis whose length differs between the example and `batches`.
+    state: where the weights lie of a module on the meta device (`weights.open_weights`); they are
+    read when a part of the graph runs, and released after. lazy: the same for the weights of a
+    Hugging Face folder.
     A module is traced in evaluation mode, and left in the mode that it had.
     trust: open a `.pt2` file whatever is in it; else only one in which nothing can run when it is
     opened (see `programs`).
@@ -54,8 +61,12 @@ def capture(
     from ..runtime import parse_provider
 
     parse_provider(provider)  # of torch models too, which have no use for it
+    if state is not None:
+        return _from_meta(model, Path(state), args, dict(kwargs or {}), batches, dynamic_shapes)
     if isinstance(model, (str, Path)) and is_folder(Path(model)):
-        return _from_folder(Path(model), args, dict(kwargs or {}), batches, dynamic_shapes)
+        check_version("torch")
+        opened = open_folder(Path(model)) if lazy else (load_folder(Path(model)), None)
+        return _from_folder(*opened, args, dict(kwargs or {}), batches, dynamic_shapes)
     if isinstance(model, (str, Path)):
         return _from_file(Path(model), provider, trust=trust)
     kind = f"{type(model).__module__}.{type(model).__name__}"
@@ -120,19 +131,46 @@ def _opened(path: Path, *, trust: bool) -> torch.export.ExportedProgram:
         logger.setLevel(level)
 
 
-def _from_folder(
-    path: Path,
+def _from_meta(
+    model: Any,
+    state: Path,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     batches: Iterable[Any],
     dynamic_shapes: Any,
 ) -> Graph:
-    check_version("torch")
-    model = load_folder(path)
+    """The graph of a module on the meta device, whose weights lie in files."""
+    if not _is_module(model) or not _is_absent(model):
+        raise OptionError(
+            "state is of modules that are built on the meta device (with torch.device('meta')); "
+            "models in files know where their weights are"
+        )
+    weights = open_weights(state)
+    return _from_module(model, args, kwargs, batches, dynamic_shapes, weights)
+
+
+def _is_absent(module: torch.nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def _any_absent(tree: Any) -> bool:
+    from torch.utils._pytree import tree_leaves
+
+    return any(getattr(leaf, "is_meta", False) for leaf in tree_leaves(tree))
+
+
+def _from_folder(
+    model: torch.nn.Module,
+    weights: Weights | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batches: Iterable[Any],
+    dynamic_shapes: Any,
+) -> Graph:
     if not args and not kwargs:
         kwargs = example_inputs(model, length=8)
         batches = [example_inputs(model, length=9)]  # so that the axis of tokens is dynamic
-    return _from_module(model, args, kwargs, batches, dynamic_shapes)
+    return _from_module(model, args, kwargs, batches, dynamic_shapes, weights)
 
 
 def _from_module(
@@ -141,24 +179,33 @@ def _from_module(
     kwargs: dict[str, Any],
     batches: Iterable[Any],
     dynamic_shapes: Any,
+    weights: Weights | None = None,
 ) -> Graph:
     import torch
+
+    from ..graphs.fx import automatic_axes
+    from ..graphs.fx_weights import named_weights, stood_in
 
     if not args and not kwargs:
         raise OptionError("a torch model needs an example of its inputs to be traced; none given")
     args, kwargs = _as_tensors((args, _in_order(module, kwargs)))
+    if weights is None and _is_absent(module) and not _any_absent((args, kwargs)):
+        raise CaptureError(
+            f"the weights of {type(module).__name__} are on the meta device: calibrate reads them "
+            "from state, a .safetensors or .safetensors.index.json file; whatever else needs data "
+            "takes a model with its weights in memory"
+        )
     if dynamic_shapes is None:
-        from ..graphs.fx import automatic_axes
-
         varying = _varying_axes(module, (args, kwargs), batches)
         args, kwargs = _at_least_two_rows((args, kwargs))
         dynamic_shapes = automatic_axes(module.forward, args, kwargs, varying)
     modes = {part: part.training for part in module.modules()}
     try:
         _evaluate(module)
-        program = torch.export.export(
-            module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
-        )
+        with nullcontext() if weights is None else stood_in(module):
+            program = torch.export.export(
+                module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot trace {type(module).__name__}: {first_line(error)}"
@@ -166,7 +213,8 @@ def _from_module(
     finally:
         for part, training in modes.items():
             part.training = training
-    return _from_program(program, type(module).__name__)
+    named = None if weights is None else named_weights(module, weights)
+    return _from_program(program, type(module).__name__, named)
 
 
 def _evaluate(module: torch.nn.Module) -> None:
@@ -178,15 +226,21 @@ def _evaluate(module: torch.nn.Module) -> None:
             part.training = False
 
 
-def _from_program(program: torch.export.ExportedProgram, name: str) -> Graph:
+def _from_program(
+    program: torch.export.ExportedProgram, name: str, weights: Weights | None = None
+) -> Graph:
+    """weights: of a program that was traced without them."""
     from ..graphs.fx import FxGraph
     from ..graphs.fx_regions import lay_open
+    from ..graphs.fx_weights import laid
 
     module = _plain(_functional(program).module(check_guards=False))
     lay_open(module)
     module.graph.eliminate_dead_code()  # as every exporter does: what nothing reads is no norm
+    if weights is not None:
+        laid(module, weights)
     args, kwargs = program.example_inputs or ((), {})
-    return FxGraph(name, module, tuple(args), dict(kwargs))
+    return FxGraph(name, module, tuple(args), dict(kwargs), stored=weights)
 
 
 def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -369,7 +369,7 @@ def test_fits_with_values_on_disk_are_the_same(
     graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = _calibrated(graph, _batches(_inputs()))
-    monkeypatch.setattr(calibrate_module, "Shelf", functools.partial(Shelf, memory_bytes=0))
+    monkeypatch.setattr(calibrate_module, "Shelf", lambda graph, *_: Shelf(graph, memory_bytes=0))
     _assert_close(own, _calibrated(graph, _batches(_inputs())), 0.0)
 
 
