@@ -9,6 +9,7 @@ __all__ = [
     "ExportError",
     "MissingDependencyError",
     "OptionError",
+    "RankError",
     "RewriteError",
     "VerificationError",
     "first_line",
@@ -33,6 +34,10 @@ class DataError(DytCompileError):
 
 class CalibrationError(DytCompileError):
     """A calibration file is damaged or belongs to another model."""
+
+
+class RankError(DytCompileError):
+    """A process of a job of several is lost, or they do not meet."""
 
 
 class RewriteError(DytCompileError):

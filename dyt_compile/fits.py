@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .dyt import SQUASHES, DytParameters, evaluate
+from .ranks import ALONE, Ranks
 
 __all__ = [
     "NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "fit_diagonal", "inverse", "relative_error",
@@ -83,6 +84,26 @@ class RowSample:
             union.seen += sample.seen
         return union
 
+    def join(self, ranks: Ranks) -> None:
+        """Let it be, on the first rank, the sample of all ranks' streams; the others' are empty.
+
+        A row travels only if it is in that sample.
+        """
+        self.seen = sum(ranks.gathered(self.seen))
+        every = np.concatenate(ranks.gathered(self._ranks))
+
+        def wanted() -> list[npt.NDArray[Any]]:
+            last = every[_smallest(every, self._limit)].max(initial=0)
+            kept = np.flatnonzero(self._ranks <= last)
+            return [self._x[kept], self._y[kept], self._ranks[kept]]
+
+        for x, y, others in ranks.collected(wanted):
+            if len(others):
+                self._offer(x, y, others)
+        if ranks.number:
+            self._ranks = self._ranks[:0]
+            self._x, self._y = self._x[:0].copy(), self._y[:0].copy()
+
     def rows(self) -> tuple[Array, Array]:
         """The sampled x and y by rank: views of what the sample holds, until more is offered."""
         order = np.argsort(self._ranks, kind="stable")
@@ -124,23 +145,34 @@ def _reorder(array: Array, order: Places) -> None:
         block[:] = block[order]
 
 
-def fit_diagonal(x: Array, y: Array, squash: str = "tanh") -> Fit | str:
+def fit_diagonal(x: Array, y: Array, squash: str = "tanh", ranks: Ranks = ALONE) -> Fit | str:
     """gamma * squash(alpha * x) + beta closest to y in squares, alpha one number for all channels.
 
     x, y: float32 [rows, channels]. squash: "tanh", or "identity", where alpha is 1. For each alpha,
     gamma and beta are the regression of y on the squashed x, channel by channel. Returns the reason
-    where there is nothing to fit.
+    where there is nothing to fit. ranks: they share the search of alpha; x and y are the first's.
     """
+    scale = ranks.first(lambda: _scale(x, y))
+    if isinstance(scale, str):
+        return scale
+    alpha = 1.0
+    if squash != "identity":
+        searched = ranks.first(lambda: (x[:SEARCH_ROWS], y[:SEARCH_ROWS]))
+        alpha = _best_alpha(*searched, scale, squash, ranks)
+    return ranks.first(lambda: _fitted(x, y, alpha, squash))
+
+
+def _scale(x: Array, y: Array) -> float | str:
+    """The scale on which alpha is searched, or why there is nothing to fit."""
     if len(x) < 2 * HELD_OUT:
         return f"{len(x)} rows of activations are too few to fit; at least {2 * HELD_OUT}"
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return NOT_FINITE
     scale = typical(x)
-    if scale is None:
-        return "its input does not vary over the data"
-    alpha = 1.0
-    if squash != "identity":
-        alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale, squash)
+    return "its input does not vary over the data" if scale is None else scale
+
+
+def _fitted(x: Array, y: Array, alpha: float, squash: str) -> Fit:
     held = np.arange(len(x)) % HELD_OUT == 0
     trial = _parameters(_regress(x[~held], y[~held], alpha, squash), alpha, squash)
     error = relative_error(trial, x[held], y[held])
@@ -203,10 +235,13 @@ def _parameters(regression: _Regression, alpha: float, squash: str) -> DytParame
     )
 
 
-def _best_alpha(x: Array, y: Array, scale: float, squash: str) -> float:
+def _best_alpha(x: Array, y: Array, scale: float, squash: str, ranks: Ranks) -> float:
+    def residue(alpha: float) -> float:
+        return _regress(x, y, alpha, squash).residue
+
     grid = np.geomspace(LOWEST, HIGHEST, COARSE) / scale
     for count in (FINE, 0):
-        residues = [_regress(x, y, float(alpha), squash).residue for alpha in grid]
+        residues = ranks.spread(residue, grid.tolist())
         best = int(np.argmin(residues))
         if not count:
             break

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LOSSES", "relative"]
+__all__ = ["LOSSES", "WEIGHTS", "positions", "relative"]
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -48,6 +48,22 @@ def kl(f: Tensor, g: Tensor, mask: Tensor | None = None) -> Tensor:
 
 LOSSES: dict[str, Loss] = {"relative": pooled, "cosine": cosine, "kl": kl, "top1": kl}
 """What to learn by, for each metric; the place of a maximum has no gradient: "top1" takes KL."""
+
+
+def positions(f: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How many positions count, a scalar: what a mean over them is divided by."""
+    return f.new_tensor(len(_counted(f, f, mask)[0]), dtype=torch.float64)
+
+
+def energy(f: Tensor, mask: Tensor | None = None) -> Tensor:
+    """||f||^2 over all positions, a scalar: what `pooled` divides by."""
+    return _counted(f, f, mask)[0].square().sum(dtype=torch.float64)
+
+
+WEIGHTS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+    "relative": energy, "cosine": positions, "kl": positions, "top1": positions,
+}  # fmt: skip
+"""By which the losses of parts of a batch add up to that of the whole."""
 
 
 def _counted(f: Tensor, g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

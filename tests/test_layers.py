@@ -17,7 +17,7 @@ ROOT = Path(dyt_compile.__file__).parent
 
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
-    ("errors", "dyt", "progress", "clock"),
+    ("errors", "dyt", "progress", "clock", "ranks"),
     ("inductor",),
     ("terms", "batches", "files", "fits", "ridge", "metrics", "nn", "huggingface", "scatter"),
     ("sitefits",),
@@ -40,7 +40,7 @@ LAYERS = (
     ("graphs", "runtime"),
     # the user's samples as native values of a graph
     ("data", "shelf", "revision", "projections"),
-    ("walk", "refits"),
+    ("walk", "refits", "lessons"),
     ("passes",),
     ("exporters", "backends"),
     ("report", "trials"),
@@ -55,7 +55,7 @@ TORCH_AT_THE_TOP = {
     "inductor", "nn", "backends", "backends.artifact", "backends.lookup", "graphs.dynamo",
     "graphs.fx",
     "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_regions", "graphs.fx_terms",
-    "graphs.fx_training", "losses", "checkpoints", "passes.recover", "training",
+    "graphs.fx_training", "lessons", "losses", "checkpoints", "passes.recover", "training",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt_worker", "exporters.plugin.ahead_of_time", "runtime"}
 APART = ("passes",)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..progress import Doing
+from ..ranks import current
 
 __all__ = ["TerminalReporter", "console", "tell_written"]
 
@@ -20,9 +21,10 @@ T = TypeVar("T")
 
 
 def console(*, stderr: bool = False) -> Console:
-    """The terminal, or a file or pipe of 100 columns."""
-    made = Console(stderr=stderr)
-    return made if made.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
+    """The terminal, or a file or pipe of 100 columns; of several ranks, the first one's."""
+    quiet = current().number > 0
+    made = Console(stderr=stderr, quiet=quiet)
+    return made if made.is_terminal else Console(stderr=stderr, quiet=quiet, width=PLAIN_WIDTH)
 
 
 def tell_written(path: Path) -> None:
