@@ -5,6 +5,7 @@ The counterparts of `metrics.METRICS`; `f` is the original. Shapes [samples, ...
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -52,7 +53,10 @@ LOSSES: dict[str, Loss] = {"relative": pooled, "cosine": cosine, "kl": kl, "top1
 
 def positions(f: Tensor, mask: Tensor | None = None) -> Tensor:
     """How many positions count, a scalar: what a mean over them is divided by."""
-    return f.new_tensor(len(_counted(f, f, mask)[0]), dtype=torch.float64)
+    if mask is not None and _is_masked(f, mask):
+        return mask.sum().double() * math.prod(f.shape[2:-1])
+    count = f.numel() // f.shape[-1] if f.dim() > 1 else f.numel()
+    return torch.tensor(count, dtype=torch.float64, device=f.device)
 
 
 def energy(f: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -70,8 +74,12 @@ def _counted(f: Tensor, g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
     """Both as [positions, channels] in float32 or wider, only what counts."""
     wide = torch.promote_types(f.dtype, torch.float32)
     f, g = f.to(wide), g.to(wide)
-    if mask is not None and f.dim() > 2 and f.shape[:2] == mask.shape:
+    if mask is not None and _is_masked(f, mask):
         return f[mask].reshape(-1, f.shape[-1]), g[mask].reshape(-1, g.shape[-1])
     if f.dim() < 2:
         return f.reshape(-1, 1), g.reshape(-1, 1)
     return f.reshape(-1, f.shape[-1]), g.reshape(-1, g.shape[-1])
+
+
+def _is_masked(f: Tensor, mask: Tensor) -> bool:
+    return f.dim() > 2 and f.shape[:2] == mask.shape

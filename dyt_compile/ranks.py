@@ -110,8 +110,7 @@ def joined() -> Iterator[Ranks]:
     An error is told by one rank: the others end by SystemExit. Raises OptionError for a timeout
     that is no number above 0, RankError where the ranks do not meet, or one is lost.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
     ranks, store = _met(_timeout_s())
@@ -291,5 +290,6 @@ def _bytes(array: Array) -> torch.Tensor:
 
 
 def _distributed() -> Any:
+    import torch.distributed
 
     return torch.distributed

@@ -500,6 +500,30 @@ def test_loss_is_its_metric_with_what_is_masked_left_out(metric: str) -> None:
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_losses_of_parts_add_up_to_that_of_the_whole(metric: str, masked: bool) -> None:
+    torch.manual_seed(0)
+    f, g = torch.randn(5, 3, 7), torch.randn(5, 3, 7)
+    mask = torch.rand(5, 3) > 0.3 if masked else None
+
+    def parts(whole: Tensor) -> tuple[Tensor, ...]:
+        return whole.split([1, 4])
+
+    masks = (None, None) if mask is None else parts(mask)
+    for loss, weight in (
+        (losses.LOSSES[metric], losses.WEIGHTS[metric]),
+        (losses.relative, losses.positions),
+    ):
+        weights = torch.stack([weight(a, m) for a, m in zip(parts(f), masks, strict=True)])
+        own = torch.stack(
+            [loss(a, b, m) for a, b, m in zip(parts(f), parts(g), masks, strict=True)]
+        )
+        total = float((own * weights).sum() / weights.sum())
+        assert total == pytest.approx(float(loss(f, g, mask)), rel=1e-5)
+
+
+@pytest.mark.core
 def test_relative_loss_counts_positions_alike() -> None:
     f = torch.ones(1, 2, 4)
     f[0, 0] *= 1000  # a massive token
