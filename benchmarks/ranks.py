@@ -29,22 +29,21 @@ from dyt_compile.passes.calibrate import calibrate
 from dyt_compile.passes.match import match
 from dyt_compile.ranks import ALONE, Ranks, among, joined
 
-from .observing import MODELS, Images, captured, model
+from .observing import SMALL, Images, captured, model
 from .speed.pairs import interleaved, ratio
 
 RESULTS = Path(__file__).parent / "results/ranks.json"
-MODEL = "vit_tiny_patch16_224"
 SIZE = 2
 
 
 def works(images: Images, steps: int) -> dict[str, Callable[[], object]]:
     """What is timed: a whole calibration on converted activations, and some steps of recovery."""
-    graph = captured(MODEL)
+    graph = captured(SMALL)
     found = match(graph)
     names = [site.name for site in found.sites]
     samples = whole(graph, images)
-    few = Images(4, 16, images.side)
-    converted = dyt_compile.convert(model(MODEL), few, mode="all", fit="diagonal")
+    few = Images(4, 16)  # 51 to learn from, 4 a step
+    converted = dyt_compile.convert(model(SMALL), few, mode="all", fit="diagonal")
     return {
         "calibrate": lambda: calibrate(graph, found, samples, convert=names, seed=0),
         "recover": lambda: dyt_compile.recover(converted, few, steps=steps),
@@ -96,7 +95,7 @@ def rank(asked: argparse.Namespace) -> None:
     """What each process does."""
     torch.set_num_threads(1)
     with joined() as ranks:
-        images = Images(asked.images // 16, 16, MODELS[MODEL])
+        images = Images(asked.images // 16, 16)
         told = {
             name: measured(work, asked.rounds, ranks)
             for name, work in works(images, asked.steps).items()

@@ -89,8 +89,8 @@ class RowSample:
 
         A row travels only if it is in that sample.
         """
-        self.seen = sum(ranks.gathered(self.seen))
-        every = np.concatenate(ranks.gathered(self._ranks))
+        seen, parts = zip(*ranks.gathered((self.seen, self._ranks)), strict=True)
+        self.seen, every = sum(seen), np.concatenate(parts)
 
         def wanted() -> list[npt.NDArray[Any]]:
             last = every[_smallest(every, self._limit)].max(initial=0)
@@ -152,24 +152,23 @@ def fit_diagonal(x: Array, y: Array, squash: str = "tanh", ranks: Ranks = ALONE)
     gamma and beta are the regression of y on the squashed x, channel by channel. Returns the reason
     where there is nothing to fit. ranks: they share the search of alpha; x and y are the first's.
     """
-    scale = ranks.first(lambda: _scale(x, y))
-    if isinstance(scale, str):
-        return scale
-    alpha = 1.0
-    if squash != "identity":
-        searched = ranks.first(lambda: (x[:SEARCH_ROWS], y[:SEARCH_ROWS]))
-        alpha = _best_alpha(*searched, scale, squash, ranks)
+    searched = ranks.first(lambda: _searched(x, y))
+    if isinstance(searched, str):
+        return searched
+    alpha = 1.0 if squash == "identity" else _best_alpha(*searched, squash, ranks)
     return ranks.first(lambda: _fitted(x, y, alpha, squash))
 
 
-def _scale(x: Array, y: Array) -> float | str:
-    """The scale on which alpha is searched, or why there is nothing to fit."""
+def _searched(x: Array, y: Array) -> tuple[Array, Array, float] | str:
+    """The rows on which alpha is searched, and its scale; or why there is nothing to fit."""
     if len(x) < 2 * HELD_OUT:
         return f"{len(x)} rows of activations are too few to fit; at least {2 * HELD_OUT}"
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return NOT_FINITE
     scale = typical(x)
-    return "its input does not vary over the data" if scale is None else scale
+    if scale is None:
+        return "its input does not vary over the data"
+    return x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale
 
 
 def _fitted(x: Array, y: Array, alpha: float, squash: str) -> Fit:

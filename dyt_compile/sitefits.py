@@ -108,13 +108,13 @@ def fit_site(
 ) -> SiteFit:
     """The diagonal fit of a site; later: rows of later calls of its module, fitted together.
 
-    ranks: all have the fit then; the rows are the first's.
+    ranks: all have the fit then; the rows are the first's, which alone tells of them.
     """
     fitted = replace(sums, sample=sums.sample.united(*later)) if (later := tuple(later)) else sums
     fit = fit_diagonal(*fitted.rows(), squash, ranks)
     if isinstance(fit, Fit):
-        return _told(sums, _shaped(fit.parameters, sums.shape), fit.error, None, ranks)
-    return _told(sums, None, None, fit, ranks)
+        return _told(sums, _shaped(fit.parameters, sums.shape), fit.error, None)
+    return _told(sums, None, None, fit)
 
 
 def follow(first: SiteFit, sums: SiteSums, ranks: Ranks = ALONE) -> SiteFit:
@@ -124,7 +124,7 @@ def follow(first: SiteFit, sums: SiteSums, ranks: Ranks = ALONE) -> SiteFit:
     """
     own = first.parameters
     error = ranks.first(lambda: None if own is None else relative_error(own, *sums.rows()))
-    return _told(sums, own, error, first.reason, ranks)
+    return _told(sums, own, error, first.reason)
 
 
 def chosen(diagonal: SiteFit, full: FullFit | str, method: str = "auto") -> SiteFit:
@@ -166,14 +166,11 @@ def sigma(rows: Array, *, centred: bool) -> npt.NDArray[np.float64]:
 
 
 def _told(
-    sums: SiteSums,
-    parameters: DytParameters | None,
-    error: float | None,
-    reason: str | None,
-    ranks: Ranks,
+    sums: SiteSums, parameters: DytParameters | None, error: float | None, reason: str | None
 ) -> SiteFit:
     """A fit with what is told of the site's own rows."""
-    figures = ranks.first(lambda: median_and_peak(sigma(sums.rows()[0], centred=sums.centred)))
+    deviations = sigma(sums.rows()[0], centred=sums.centred)
+    figures = median_and_peak(deviations)
     return SiteFit(parameters, error, reason, *figures, sums=sums)
 
 

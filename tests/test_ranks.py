@@ -10,6 +10,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -113,11 +114,21 @@ def together(size: int, work: Callable[[], T]) -> list[T]:
         return [future.result() for future in futures]
 
 
+def _with_told(found: Calibration, own: Calibration) -> Calibration:
+    """What another rank than the first finds, with the figures that only the first can tell."""
+    fits = {}
+    for name, fit in found.fits.items():
+        assert (fit.sigma_median, fit.sigma_peak, fit.scatter) == (None, None, None)
+        told = {key: getattr(own.fits[name], key) for key in ("sigma_median", "sigma_peak")}
+        fits[name] = replace(fit, **told)
+    return replace(found, fits=fits)
+
+
 def _same(size: int, work: Callable[[], Calibration], tolerance: float = 2e-4) -> Calibration:
     """One rank's calibration, which so many ranks find, too."""
     own = work()
-    for found in together(size, work):
-        _assert_close(own, found, tolerance)
+    for number, found in enumerate(together(size, work)):
+        _assert_close(own, found if not number else _with_told(found, own), tolerance)
         assert found.converted == own.converted
         assert found.refits.keys() == own.refits.keys()
         assert [f.unmixed for f in found.fits.values()] == [f.unmixed for f in own.fits.values()]
@@ -197,7 +208,7 @@ def test_later_calls_of_a_module_on_several_ranks_are_fitted_as_on_one(size: int
     batches = _batches(_inputs(), 7)
     own = _same(size, lambda: _calibrated(graph, batches, (*NAMES, "norm#2")))
     found = together(size, lambda: _calibrated(graph, batches, (*NAMES, "norm#2")))
-    first, second = own.fits["norm#2"].scatter, found[-1].fits["norm#2"].scatter
+    first, second = own.fits["norm#2"].scatter, found[0].fits["norm#2"].scatter
     assert first is not None
     assert second is not None
     np.testing.assert_allclose(first.x, second.x, rtol=1e-4, atol=1e-4)

@@ -27,7 +27,7 @@ from ..graphs.cuts import Stage, place, stages
 from ..mixing import obstacle, scaling_obstacle
 from ..progress import track
 from ..projections import Projection, projections
-from ..ranks import Ranks, current
+from ..ranks import current
 from ..refits import refit
 from ..ridge import ROWS_PER_CHANNEL, fit_full
 from ..scatter import Scatter, scatter
@@ -115,8 +115,7 @@ def calibrate(
                 found = fitting.best(squashes.get(site.name, ("tanh",)))
             else:
                 found = follow(fits[site.tied_to], sums, walk.ranks)
-                drawn = _drawn(found, sums, graph, site, walk.ranks)
-                found = replace(found, unmixed=unmixed, scatter=drawn)
+                found = replace(found, unmixed=unmixed, scatter=_drawn(found, sums, graph, site))
             fits[site.name] = found if keep_sums else replace(found, sums=None)
             applied = site.name in convert and found.parameters is not None
             prefix = extended(prefix, len(fits), found) if applied else prefix
@@ -260,7 +259,7 @@ class _Fitting:
         site = self.calls[0]
         ranks = self.walk.ranks
         diagonal = fit_site(self.sums, self.later, squash, ranks)
-        drawn = _drawn(diagonal, self.sums, self.graph, site, ranks)
+        drawn = _drawn(diagonal, self.sums, self.graph, site)
         diagonal = replace(diagonal, unmixed=self.unmixed, scatter=drawn)
         if self.unmixed or diagonal.parameters is None:
             return diagonal
@@ -277,19 +276,12 @@ def _sums(site: NormSite, sample: RowSample, prefix: str) -> SiteSums:
     return SiteSums(prefix, sample, site.parameter_shape, centred, site.tied_to)
 
 
-def _drawn(
-    fit: SiteFit, sums: SiteSums, graph: Graph, site: NormSite, ranks: Ranks
-) -> Scatter | None:
+def _drawn(fit: SiteFit, sums: SiteSums, graph: Graph, site: NormSite) -> Scatter | None:
     affine = _affine(graph, site)
     if affine is None:
         return None
-    parameters = fit.parameters
-
-    def drawn() -> Scatter | None:
-        x, y = sums.rows()
-        return scatter(x, y, sigma(x, centred=sums.centred), parameters, affine)
-
-    return ranks.first(drawn)
+    x, y = sums.rows()
+    return scatter(x, y, sigma(x, centred=sums.centred), fit.parameters, affine)
 
 
 def _paired(staged: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
