@@ -17,10 +17,11 @@ from .archives import entries
 from .batches import as_batches
 from .errors import DataError, first_line
 from .graphs.base import Batch, Graph
+from .ranks import Ranks
 
 __all__ = [
-    "FIRST", "HALVES", "SHARES", "UNPLANNED", "Part", "Splits", "attention_mask", "cut", "largest",
-    "load", "pieces", "sample_keys", "split", "whole",
+    "FIRST", "HALVES", "SHARES", "UNPLANNED", "Part", "Splits", "attention_mask", "cut", "dealt",
+    "largest", "load", "own_rows", "pieces", "sample_keys", "split", "whole",
 ]  # fmt: skip
 
 SHARES = (0.5, 0.25, 0.25)
@@ -147,6 +148,50 @@ def largest(graph: Graph, samples: Part, size: int) -> tuple[Batch, dict[str, tu
         if splitter.sampled(name, batch[name], splitter.size(batch)):
             shapes[name] = (min(size, shape[0]), *shape[1:])
     return batch, shapes
+
+
+def dealt(graph: Graph, samples: Part, ranks: Ranks) -> Part:
+    """One rank's share of the samples: whole batches by turns, and rows of those left over.
+
+    A rank may get none, if there are fewer samples than ranks. Raises DataError unless all ranks
+    were given as many samples.
+    """
+    counts = ranks.gathered(samples.samples)
+    if len(set(counts)) > 1:
+        raise DataError(
+            f"the ranks were given {', '.join(map(str, counts))} samples; allowed: the same data "
+            "on each, which then takes its share"
+        )
+    splitter, whole = _Splitter(graph, ()), samples.batches // ranks.size * ranks.size
+    lengths = list(map(len, samples.places))
+
+    def own(number: int) -> npt.NDArray[np.int64]:
+        if number < whole:
+            return np.arange(lengths[number] if number % ranks.size == ranks.number else 0)
+        return _part(lengths[number], ranks, turn=sum(lengths[whole:number]))
+
+    rows = list(map(own, range(samples.batches)))
+
+    def make() -> Iterator[Batch]:
+        pairs = zip(samples, rows, strict=True)
+        return (splitter.rows(batch, taken) for batch, taken in pairs if len(taken))
+
+    pairs = zip(samples.places, rows, strict=True)
+    return Part(make, tuple(places[taken] for places, taken in pairs if len(taken)))
+
+
+def own_rows(graph: Graph, batch: Batch, ranks: Ranks) -> tuple[Batch, bool]:
+    """One rank's rows of a batch; where there are too few, some that do not count, and False."""
+    splitter = _Splitter(graph, ())
+    size = splitter.size(batch)
+    rows = _part(size, ranks)
+    counts = len(rows) > 0
+    return splitter.rows(batch, rows if counts else np.arange(1)), counts
+
+
+def _part(count: int, ranks: Ranks, turn: int = 0) -> npt.NDArray[np.int64]:
+    """One rank's part of so many rows; turn: which rank gets the first, and with it the most."""
+    return np.array_split(np.arange(count), ranks.size)[(ranks.number - turn) % ranks.size]
 
 
 def pieces(

@@ -13,6 +13,7 @@ __all__ = [
     "MissingDependencyError",
     "OptionError",
     "OutdatedDependencyError",
+    "RankError",
     "RewriteError",
     "VerificationError",
     "first_line",
@@ -39,6 +40,10 @@ class DataError(DytCompileError):
 
 class CalibrationError(DytCompileError):
     """A calibration file is damaged or belongs to another model."""
+
+
+class RankError(DytCompileError):
+    """A process of a job of several is lost, or they do not meet."""
 
 
 class RewriteError(DytCompileError):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .dyt import SQUASHES, DytParameters, evaluate
+from .ranks import ALONE, Ranks
 
 __all__ = [
     "NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "fit_diagonal", "inverse", "relative_error",
@@ -92,6 +93,26 @@ class RowSample:
             union.seen += sample.seen
         return union
 
+    def join(self, ranks: Ranks) -> None:
+        """Let it be, on the first rank, the sample of all ranks' streams; the others' are empty.
+
+        A row travels only if it is in that sample.
+        """
+        seen, parts = zip(*ranks.gathered((self.seen, self._ranks)), strict=True)
+        self.seen, every = sum(seen), np.concatenate(parts)
+
+        def wanted() -> list[npt.NDArray[Any]]:
+            last = every[_smallest(every, self._limit)].max(initial=0)
+            kept = np.flatnonzero(self._ranks <= last)
+            return [self._x[kept], self._y[kept], self._ranks[kept]]
+
+        for x, y, others in ranks.collected(wanted):
+            if len(others):
+                self._offer(x, y, others)
+        if ranks.number:
+            self._ranks = self._ranks[:0]
+            self._x, self._y = self._x[:0].copy(), self._y[:0].copy()
+
     def rows(self) -> tuple[Array, Array]:
         """The sampled x and y by rank: views of what the sample holds, until more is offered."""
         order = np.argsort(self._ranks, kind="stable")
@@ -132,13 +153,22 @@ def _reorder(array: Array, order: Places) -> None:
         array[:, own] = array[order, own]
 
 
-def fit_diagonal(x: Array, y: Array, squash: str = "tanh") -> Fit | str:
+def fit_diagonal(x: Array, y: Array, squash: str = "tanh", ranks: Ranks = ALONE) -> Fit | str:
     """gamma * squash(alpha * x) + beta closest to y in squares, alpha one number for all channels.
 
     x, y: float32 [rows, channels]. squash: "tanh", or "identity", where alpha is 1. For each alpha,
     gamma and beta are the regression of y on the squashed x, channel by channel. Returns the reason
-    where there is nothing to fit.
+    where there is nothing to fit. ranks: they share the search of alpha; x and y are the first's.
     """
+    searched = ranks.first(lambda: _searched(x, y))
+    if isinstance(searched, str):
+        return searched
+    alpha = 1.0 if squash == "identity" else _best_alpha(*searched, squash, ranks)
+    return ranks.first(lambda: _fitted(x, y, alpha, squash))
+
+
+def _searched(x: Array, y: Array) -> tuple[Array, Array, float] | str:
+    """The rows on which alpha is searched, and its scale; or why there is nothing to fit."""
     if len(x) < 2 * HELD_OUT:
         return f"{len(x)} rows of activations are too few to fit; at least {2 * HELD_OUT}"
     if reason := unfit(x, y):
@@ -146,9 +176,10 @@ def fit_diagonal(x: Array, y: Array, squash: str = "tanh") -> Fit | str:
     scale = typical(x)
     if scale is None or scale < SMALLEST:
         return "its input does not vary over the data"
-    alpha = 1.0
-    if squash != "identity":
-        alpha = _best_alpha(x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale, squash)
+    return x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale
+
+
+def _fitted(x: Array, y: Array, alpha: float, squash: str) -> Fit:
     held = np.arange(len(x)) % HELD_OUT == 0
     trial = _parameters(_regress(x, y, alpha, squash, ~held), alpha, squash)
     error = relative_error(trial, x[held], y[held])
@@ -222,10 +253,13 @@ def _parameters(regression: _Regression, alpha: float, squash: str) -> DytParame
     )
 
 
-def _best_alpha(x: Array, y: Array, scale: float, squash: str) -> float:
+def _best_alpha(x: Array, y: Array, scale: float, squash: str, ranks: Ranks) -> float:
+    def residue(alpha: float) -> float:
+        return _regress(x, y, alpha, squash).residue
+
     grid = np.geomspace(LOWEST, HIGHEST, COARSE) / scale
     for count in (FINE, 0):
-        residues = [_regress(x, y, float(alpha), squash).residue for alpha in grid]
+        residues = ranks.spread(residue, grid.tolist())
         best = int(np.argmin(residues))
         if not count:
             break

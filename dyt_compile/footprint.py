@@ -26,6 +26,7 @@ from .graphs.base import Graph
 from .graphs.cuts import stages
 from .memory import resident_bytes, told_bytes
 from .projections import Projection
+from .ranks import current
 from .ridge import CHUNK, ROWS_PER_CHANNEL
 from .shelf import MEMORY_BYTES
 from .sitefits import SiteFit
@@ -195,6 +196,7 @@ def room_within(memory_bytes: int | None, walked: Walked, samples: Part) -> Room
         )
     steep = max(whole.total - least.total, 1) / max(most - 1, 1)
     size = min(most, 1 + int((memory_bytes - least.total) / steep))
+    size = min(current().gathered(size))  # ranks deal the same batches among themselves
     taken = least.total + int(steep * (size - 1))
     return Room(
         cut(walked.graph, samples, size),

@@ -5,13 +5,14 @@ The counterparts of `metrics.METRICS`; `f` is the original. Shapes [samples, ...
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LOSSES", "relative"]
+__all__ = ["LOSSES", "WEIGHTS", "positions", "relative"]
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -50,12 +51,35 @@ LOSSES: dict[str, Loss] = {"relative": pooled, "cosine": cosine, "kl": kl, "top1
 """What to learn by, for each metric; the place of a maximum has no gradient: "top1" takes KL."""
 
 
+def positions(f: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How many positions count, a scalar: what a mean over them is divided by."""
+    if mask is not None and _is_masked(f, mask):
+        return mask.sum().double() * math.prod(f.shape[2:-1])
+    count = f.numel() // f.shape[-1] if f.dim() > 1 else f.numel()
+    return torch.tensor(count, dtype=torch.float64, device=f.device)
+
+
+def energy(f: Tensor, mask: Tensor | None = None) -> Tensor:
+    """||f||^2 over all positions, a scalar: what `pooled` divides by."""
+    return _counted(f, f, mask)[0].square().sum(dtype=torch.float64)
+
+
+WEIGHTS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+    "relative": energy, "cosine": positions, "kl": positions, "top1": positions,
+}  # fmt: skip
+"""By which the losses of parts of a batch add up to that of the whole."""
+
+
 def _counted(f: Tensor, g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both as [positions, channels] in float32 or wider, only what counts."""
     wide = torch.promote_types(f.dtype, torch.float32)
     f, g = f.to(wide), g.to(wide)
-    if mask is not None and f.dim() > 2 and f.shape[:2] == mask.shape:
+    if mask is not None and _is_masked(f, mask):
         return f[mask].reshape(-1, f.shape[-1]), g[mask].reshape(-1, g.shape[-1])
     if f.dim() < 2:
         return f.reshape(-1, 1), g.reshape(-1, 1)
     return f.reshape(-1, f.shape[-1]), g.reshape(-1, g.shape[-1])
+
+
+def _is_masked(f: Tensor, mask: Tensor) -> bool:
+    return f.dim() > 2 and f.shape[:2] == mask.shape

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DataError, OptionError, first_line
+from .ranks import Ranks
 
 __all__ = [
     "METRICS", "Measurement", "Metric", "Score", "Tally", "check_metric", "described", "named",
@@ -123,6 +124,11 @@ class Tally:
         # Not a product: what is masked may be NaN.
         self._numerators.append(np.where(counts, numerators, 0.0).sum(axis=1))
         self._denominators.append(np.where(counts, denominators, 0.0).sum(axis=1))
+
+    def join(self, ranks: Ranks) -> None:
+        """Count in what the other ranks have counted."""
+        for sums in (self._numerators, self._denominators, self._scores):
+            sums[:] = [part for parts in ranks.gathered(sums) for part in parts]
 
     def measurement(self) -> Measurement:
         """The pooled error and its standard error.

@@ -14,20 +14,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compiler import Conversion, concluded
-from .data import Part, pieces, split
+from .data import Part, own_rows, pieces, split
 from .errors import OptionError
 from .graphs.base import Batch, Graph
 from .passes.calibrate import calibrate
 from .passes.match import match
 from .passes.rewrite import rewrite
 from .passes.verify import Reference
+from .ranks import current
 from .report.records import Recovery
 from .shelf import Kept, Shelf
 from .sites import Match, NormSite
 from .terms import Value
 
 if TYPE_CHECKING:
-    from .passes.recover import Course, Lesson
+    from .lessons import Lesson, Share
+    from .passes.recover import Course
 
 __all__ = ["recover"]
 
@@ -106,7 +108,7 @@ def recover(
             course = _stages(result, samples.fit, seed, lesson_of)
         recovered = learn(
             course,
-            _loaders(original, pieces(original, samples.fit, _step_size(result), seed), shelf),
+            _shares(original, pieces(original, samples.fit, _step_size(result), seed), shelf),
             held_out.measure,
             Limit(float(minutes), steps),
             seed=seed,
@@ -242,7 +244,7 @@ def _counts(result: Conversion, staged: bool) -> list[int]:
 
 
 def _lesson(result: Conversion, train: str, metric: str, graph: Graph) -> Lesson:
-    from .passes.recover import Lesson
+    from .lessons import Lesson
 
     original: Any = result.original
     converted: Any = graph
@@ -290,24 +292,25 @@ def _step_size(result: Conversion) -> Callable[[Batch, int], int]:
         value: Any
         (value,) = run([batch[name] for name in graph.inputs])
         positions: float = math.prod(value.shape) / (site.channels or value.shape[-1])
-        least, most = STEP_SAMPLES
+        least, most = (max(bound, current().size) for bound in STEP_SAMPLES)
         return int(min(most, max(least, round(STEP_POSITIONS * samples / positions))))
 
     return size
 
 
-def _loaders(graph: Graph, batches: Iterable[Batch], shelf: Shelf) -> list[partial[Batch]]:
-    """The batches, each to be loaded by itself; many of them wait in files."""
+def _shares(graph: Graph, batches: Iterable[Batch], shelf: Shelf) -> list[Share]:
+    """This rank's rows of the batches, each to be loaded by itself; many of them wait in files."""
+    from .lessons import Share
 
     def load(kept: dict[str, Kept]) -> Batch:
         return {name: value.load() for name, value in kept.items()}
 
-    return [
-        partial(
-            load, {name: shelf.keep(batch[name], value) for name, value in graph.inputs.items()}
-        )
-        for batch in batches
-    ]
+    def share(batch: Batch) -> Share:
+        own, counts = own_rows(graph, batch, current())
+        kept = {name: shelf.keep(own[name], value) for name, value in graph.inputs.items()}
+        return Share(partial(load, kept), counts)
+
+    return list(map(share, batches))
 
 
 def _with_alphas(result: Conversion, graph: Graph) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from .fits import HELD_OUT, Fit, Keys, RowSample, fit_diagonal, inverse
 from .graphs.base import Graph
 from .graphs.cuts import Stage
 from .projections import Projection
+from .ranks import ALONE, Ranks
 from .ridge import GramSums
 from .shelf import Kept
 from .sites import NormSite
@@ -50,10 +51,14 @@ def refit(
 
 
 class RefitSums:
-    """The sums from which a projection is refitted, those of every fourth row apart."""
+    """The sums from which a projection is refitted, those of every fourth row apart.
 
-    def __init__(self, like: RefitSums | None = None) -> None:
+    ranks: each adds rows of its own, once at least, and all join.
+    """
+
+    def __init__(self, like: RefitSums | None = None, ranks: Ranks = ALONE) -> None:
         """like: complete sums of the same rows of x; their products are shared."""
+        self._ranks = ranks
         self._like: tuple[_Sums, _Sums] | None = None if like is None else like._parts
         self._parts: tuple[_Sums, _Sums] | None = None
         self._rows = 0
@@ -66,8 +71,8 @@ class RefitSums:
         """
         if self._parts is None:
             like = self._like or (None, None)
-            centre = missing.mean(axis=0)
-            self._parts = _Sums(x, centre, like[0]), _Sums(x, centre, like[1])
+            centres = self._ranks.first(lambda: (x.mean(axis=0), missing.mean(axis=0)))
+            self._parts = _Sums(*centres, like[0]), _Sums(*centres, like[1])
         if keys is None:
             keys = np.arange(self._rows, self._rows + len(x), dtype=np.uint64)
         held = keys % np.uint64(HELD_OUT) == 0
@@ -75,6 +80,14 @@ class RefitSums:
         self._wanted += float(np.square(y[held], dtype=np.float64).sum())
         for sums, rows in zip(self._parts, (~held, held), strict=True):
             sums.add(x[rows], missing[rows])
+
+    def join(self) -> None:
+        """Let the first rank's be the sums of all."""
+        wanted = np.array([self._wanted])
+        self._ranks.add([wanted])
+        self._wanted = float(wanted[0])
+        for sums in self._parts or ():
+            sums.join(self._ranks)
 
     def solve(self) -> Refit | None:
         """The refit with the ridge that does best on held-out rows; None where none helps."""
@@ -94,8 +107,8 @@ class RefitSums:
 class _Sums(GramSums):
     """Sums for y = x matrix + offset, which also tell the error of one."""
 
-    def __init__(self, x: Array, centre_y: Array, like: _Sums | None) -> None:
-        centre = x.mean(axis=0) if like is None else like._centres[0]
+    def __init__(self, centre_x: Array, centre_y: Array, like: _Sums | None) -> None:
+        centre = centre_x if like is None else like._centres[0]
         squares = None if like is None else like._squares
         # What a projection reads is squashed already, if at all.
         super().__init__(1.0, centre, centre_y, squares=squares, squash="identity")
@@ -105,6 +118,13 @@ class _Sums(GramSums):
         """Count rows in."""
         super().add(x, y)
         self._length += float(np.square(y - self._centres[1]).sum())
+
+    def join(self, ranks: Ranks) -> None:
+        """Let the first rank's be the sums of all ranks."""
+        super().join(ranks)
+        length = np.array([self._length])
+        ranks.add([length])
+        self._length = float(length[0])
 
     @property
     def total(self) -> float:
@@ -126,6 +146,7 @@ class _Refitting:
 
     def __init__(self, walk: Walk, graph: Graph, projection: Projection, seed: int) -> None:
         self._walk = walk
+        self._ranks = walk.ranks
         self._graph = graph
         self._projection = projection
         self._seed = seed
@@ -135,7 +156,7 @@ class _Refitting:
     def best(self) -> Refit | None:
         """The refit, which the converted model's output has then."""
         sums = self._sums(self._restored())
-        found = sums.solve()
+        found = self._ranks.first(sums.solve)
         if found is None:
             return None
         if self._projection.site is not None:
@@ -155,7 +176,8 @@ class _Refitting:
         for _ in range(ROUNDS):
             if isinstance(fit, str):
                 break
-            aimed = self._sums(self._inverted(site, found, fit.parameters), sums).solve()
+            again = self._sums(self._inverted(site, found, fit.parameters), sums)
+            aimed = self._ranks.first(again.solve)
             aimed_fit = fit if aimed is None else self._site_fit(site, aimed)
             if aimed is None or isinstance(aimed_fit, str) or not aimed_fit.error < fit.error:
                 break
@@ -164,7 +186,7 @@ class _Refitting:
 
     def _sums(self, targets: Iterable[Array], like: RefitSums | None = None) -> RefitSums:
         """The sums over all rows of what the projection reads and of what it should put out."""
-        sums = RefitSums(like)
+        sums = RefitSums(like, self._ranks)
         read = self._projection.input, self._projection.output
         for converted, target, (counted, keys) in zip(
             self._walk.converted, targets, self._rows(), strict=True
@@ -174,16 +196,17 @@ class _Refitting:
                 part.reshape(-1, part.shape[-1])[counted] for part in (x, target, target - now)
             )
             sums.add(x, y, missing, keys)
+        sums.join()
         return sums
 
-    def _rows(self) -> Iterator[tuple[npt.NDArray[np.bool_], Keys | None]]:
+    def _rows(self) -> Iterator[tuple[npt.NDArray[np.bool_], Keys]]:
         """The rows of the projection that count, and their keys; masks are of what lies behind."""
         found = self._walk.counted(self._layout, self._shapes)
         for shape, (counted, keys) in zip(self._shapes, found, strict=True):
             places = np.cumsum(counted) * counted  # 0, or which of the keys is a row's
             flat = self._projection.back(self._layout.spread(places, shape))
             order = flat.reshape(-1, shape[-1])[:, 0]
-            yield order > 0, None if keys is None else keys[order[order > 0] - 1]
+            yield order > 0, keys[order[order > 0] - 1]
 
     def _restored(self) -> Iterator[Array]:
         """What the projection has to put out for the sums behind it to be the original's."""
@@ -205,7 +228,8 @@ class _Refitting:
         rows = self._walk.counted(self._layout, self._shapes)
         for (_, x, y), (counted, keys) in zip(self._behind(site, found), rows, strict=True):
             sample.add(self._layout.rows(x)[counted], self._layout.rows(y)[counted], keys)
-        return fit_diagonal(*sample.rows())
+        sample.join(self._ranks)
+        return fit_diagonal(*sample.rows(), ranks=self._ranks)
 
     def _behind(self, site: NormSite, found: Refit) -> Iterator[tuple[Array, Array, Array]]:
         """By batch: the refitted output, what the site reads then, and what the norm puts out."""

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from .dyt import SQUASHES, DytParameters, Mix
 from .fits import HELD_OUT, NOT_FINITE, ROWS, typical, unfit
+from .ranks import ALONE, Ranks
 
 __all__ = ["ROWS_PER_CHANNEL", "FullFit", "GramSums", "fit_full", "refit_full"]
 
@@ -108,6 +109,12 @@ class GramSums:
                 self._squares += t.T @ t
             self._products += t.T @ centred
 
+    def join(self, ranks: Ranks) -> None:
+        """Let the first rank's be the sums of all ranks, which are about the same centres."""
+        rows = np.array([self.rows], np.int64)
+        ranks.add([rows, *self._totals, self._products, *([] if self._known else [self._squares])])
+        self.rows = int(rows[0])
+
     def values(self, x: Array) -> Array:
         """What stands for x in the products."""
         return _squashed(x, self.alpha, self.squash)
@@ -183,6 +190,7 @@ def fit_full(
     *,
     beside: bool = False,
     squash: str = "tanh",
+    ranks: Ranks = ALONE,
 ) -> FullFit | str:
     """squash(alpha x) matrix + offset closest to y in squares, alpha one number for all channels.
 
@@ -190,20 +198,23 @@ def fit_full(
     all rows, in parts. Alpha and the ridge are chosen on every fourth row of the sample, after a
     fit to the others; matrix and offset are fitted to all rows. beside: sum for the alphas on both
     sides, too, since another run may choose one of them. squash: "tanh", or "identity", where alpha
-    is 1. Returns the reason where some row is not finite.
+    is 1. Returns the reason where some row is not finite. ranks: each has a stream of its own;
+    x and y are the first's, and so are the sums.
     """
-    if reason := unfit(x, y):
-        return reason
-    alphas = [1.0] if squash == "identity" else _alphas(x)
-    error, alpha, ridge, least = _chosen(x, y, alphas, squash)
-    factors = (1.0, 0.5, 2.0) if beside and len(alphas) > 1 else (1.0,)
-    sums = [_sums(alpha * factor, x, y, squash) for factor in factors]
+    start = ranks.first(lambda: _start(x, y, squash, beside))
+    if isinstance(start, str):
+        return start
+    (error, alpha, ridge, least), centres = start
+    sums = [GramSums(own, *about, squash=squash) for own, about in centres.items()]
     for x_part, y_part in stream():
         for each in sums:
             each.add(x_part, y_part)
-    if not sums[0].finite:
+    for each in sums:
+        each.join(ranks)
+    mix = ranks.first(lambda: sums[0].solve(ridge) if sums[0].finite else None)
+    if mix is None:
         return NOT_FINITE
-    return FullFit(_bare(alpha, squash), sums[0].solve(ridge), error, least, tuple(sums))
+    return FullFit(_bare(alpha, squash), mix, error, least, tuple(sums))
 
 
 def refit_full(x: Array, y: Array, runs: Sequence[Sequence[GramSums]]) -> FullFit:
@@ -222,6 +233,18 @@ def refit_full(x: Array, y: Array, runs: Sequence[Sequence[GramSums]]) -> FullFi
         totals[part.alpha] = part if held is None else held.united(part)
     error, alpha, ridge, least = _chosen(x, y, sorted(totals))
     return FullFit(_bare(alpha), totals[alpha].solve(ridge), error, least, tuple(totals.values()))
+
+
+def _start(
+    x: Array, y: Array, squash: str, beside: bool
+) -> tuple[tuple[float, float, float, float], dict[float, tuple[Array, Array]]] | str:
+    """What is chosen on the sample, and the centres of the sums for each alpha, its own first."""
+    if reason := unfit(x, y):
+        return reason
+    alphas = [1.0] if squash == "identity" else _alphas(x)
+    chosen = _chosen(x, y, alphas, squash)
+    factors = (1.0, 0.5, 2.0) if beside and len(alphas) > 1 else (1.0,)
+    return chosen, {f * chosen[1]: _centres(f * chosen[1], x, y, squash) for f in factors}
 
 
 def _chosen(
@@ -279,8 +302,11 @@ def _trained(
 
 def _sums(alpha: float, x: Array, y: Array, squash: str) -> GramSums:
     """Empty sums about the means of some rows."""
-    centre = _squashed(x[:CHUNK], alpha, squash).mean(axis=0)
-    return GramSums(alpha, centre, y[:CHUNK].mean(axis=0), squash=squash)
+    return GramSums(alpha, *_centres(alpha, x, y, squash), squash=squash)
+
+
+def _centres(alpha: float, x: Array, y: Array, squash: str) -> tuple[Array, Array]:
+    return _squashed(x[:CHUNK], alpha, squash).mean(axis=0), y[:CHUNK].mean(axis=0)
 
 
 def _parts(x: Array, y: Array) -> Iterator[tuple[Array, Array]]:

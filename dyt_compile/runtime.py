@@ -20,6 +20,7 @@ from .graphs.onnx_files import externals, load
 from .graphs.onnx_fusion import unfuse
 from .graphs.onnx_precision import holds, surface, widen
 from .graphs.onnx_weights import EMBEDDED_BYTES, save, weight_bytes
+from .ranks import current
 
 __all__ = ["PROVIDERS", "Session", "as_plugins", "parse_provider", "provider_options"]
 
@@ -72,6 +73,7 @@ class Session:
         name, library = parse_provider(provider)
         wanted = _available(name, onnxruntime.get_available_providers())
         options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = current().threads
         options.log_severity_level = FATAL  # its errors are raised, its warnings are its own
         self._narrow: set[str] = set()
         loaded = load(model, folder) if isinstance(model, Path) else model
@@ -150,6 +152,8 @@ def parse_provider(provider: str) -> tuple[str, Path | None]:
 def provider_options(name: str, library: Path | None) -> dict[str, str]:
     """Options of one of ONNX Runtime's providers, with a library of TensorRT plugins or none."""
     options = dict(PROVIDER_OPTIONS.get(name, {}))
+    if name != CPU and current().local:
+        options["device_id"] = str(current().local)
     if name == TENSORRT and library is not None:
         options["trt_extra_plugin_lib_paths"] = str(library)
     return options

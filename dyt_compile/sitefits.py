@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .dyt import DytParameters, Mix
 from .fits import ROWS, Fit, RowSample, fit_diagonal, relative_error
+from .ranks import ALONE, Ranks
 from .ridge import CHUNK, FullFit, GramSums, refit_full
 from .scatter import Scatter
 
@@ -99,19 +100,31 @@ class SiteFit:
         return held if self.mix is None else held | self.mix.named()
 
 
-def fit_site(sums: SiteSums, later: Iterable[RowSample] = (), squash: str = "tanh") -> SiteFit:
-    """The diagonal fit of a site; later: rows of later calls of its module, fitted together."""
+def fit_site(
+    sums: SiteSums,
+    later: Iterable[RowSample] = (),
+    squash: str = "tanh",
+    ranks: Ranks = ALONE,
+) -> SiteFit:
+    """The diagonal fit of a site; later: rows of later calls of its module, fitted together.
+
+    ranks: all have the fit then; the rows are the first's, which alone tells of them.
+    """
     fitted = replace(sums, sample=sums.sample.united(*later)) if (later := tuple(later)) else sums
-    fit = fit_diagonal(*fitted.rows(), squash)
+    fit = fit_diagonal(*fitted.rows(), squash, ranks)
     if isinstance(fit, Fit):
         return _told(sums, _shaped(fit.parameters, sums.shape), fit.error, None)
     return _told(sums, None, None, fit)
 
 
-def follow(first: SiteFit, sums: SiteSums) -> SiteFit:
-    """The fit of a later call of a module: the values of the first, the error on its own rows."""
-    error = None if first.parameters is None else relative_error(first.parameters, *sums.rows())
-    return _told(sums, first.parameters, error, first.reason)
+def follow(first: SiteFit, sums: SiteSums, ranks: Ranks = ALONE) -> SiteFit:
+    """The fit of a later call of a module: the values of the first, the error on its own rows.
+
+    ranks: as for `fit_site`.
+    """
+    own = first.parameters
+    error = ranks.first(lambda: None if own is None else relative_error(own, *sums.rows()))
+    return _told(sums, own, error, first.reason)
 
 
 def chosen(diagonal: SiteFit, full: FullFit | str, method: str = "auto") -> SiteFit:

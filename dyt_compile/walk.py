@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .data import Part, attention_mask, sample_keys
+from .data import Part, attention_mask, dealt, sample_keys
 from .dyt import DytParameters, Mix, evaluate
 from .fits import Keys, RowSample
 from .graphs.base import Graph
 from .graphs.cuts import Point, Stage
+from .ranks import current
 from .shelf import Kept, Shelf
 from .sitefits import SiteFit
 from .sites import NormSite
@@ -34,22 +36,26 @@ class Walk:
     """The two models on their way.
 
     original, converted: what lives of each, by batch; one and the same until the first site is
-    converted.
+    converted. ranks: those that walk together, each over its share of the samples.
     """
 
     def __init__(self, graph: Graph, shelf: Shelf, samples: Part) -> None:
+        self.ranks = current()
         self._graph = graph
         self._shelf = shelf
         self._masks: list[npt.NDArray[np.bool_] | None] = []
         self._keys: list[Keys] = []
         self.original: Lane = []
-        for batch in samples:
+        for batch in dealt(graph, samples, self.ranks):
             self._masks.append(attention_mask(batch, graph))
             self._keys.append(sample_keys(batch, graph))
             self.original.append(
                 {value: shelf.keep(batch[name], value) for name, value in graph.inputs.items()}
             )
         self.converted = self.original
+        shapes = [None if mask is None else mask.shape for mask in self._masks]
+        own = list(zip(shapes, map(len, self._keys), strict=True))
+        self._about = list(chain.from_iterable(self.ranks.gathered(own)))
 
     @property
     def parted(self) -> bool:
@@ -86,10 +92,11 @@ class Walk:
         return self._graph.to_array(native).astype(np.float32, copy=False)
 
     def observe(self, site: NormSite, stage: Stage, sample: RowSample) -> RowSample:
-        """Run the original's norm, and offer the site's rows to the sample."""
+        """Run the original's norm, and offer the site's rows to the sample, which is all ranks'."""
         self.answer(site, stage, self.original)
         for x, y, keys in self._keyed_rows(site):
             sample.add(x, y, keys)
+        sample.join(self.ranks)
         return sample
 
     def rows(self, site: NormSite) -> Iterator[tuple[Array, Array]]:
@@ -98,7 +105,8 @@ class Walk:
 
     def elements(self, site: NormSite) -> int:
         """How many elements the site's input has, over all batches."""
-        return sum(math.prod(values[site.input].shape) for values in self.converted)
+        own = sum(math.prod(values[site.input].shape) for values in self.converted)
+        return sum(self.ranks.gathered(own))
 
     def apply(self, site: NormSite, fit: SiteFit | None, stage: Stage, following: Stage) -> None:
         """Put the site's output into the converted model, and drop what is used no more."""
@@ -118,18 +126,19 @@ class Walk:
 
     def layout(self, value: Value, channels: Sequence[int]) -> Layout:
         """How a value that lives in both models is read as rows."""
-        shapes = [values[value].shape for values in self.converted]
-        return Layout(channels, shapes, self._masks, list(map(len, self._keys)))
+        own = [values[value].shape for values in self.converted]
+        masks, samples = zip(*self._about, strict=True)
+        return Layout(channels, list(chain.from_iterable(self.ranks.gathered(own))), masks, samples)
 
     def counted(
         self, layout: Layout, shapes: Sequence[tuple[int, ...]]
-    ) -> Iterator[tuple[npt.NDArray[np.bool_], Keys | None]]:
+    ) -> Iterator[tuple[npt.NDArray[np.bool_], Keys]]:
         """By batch: whether each row counts, and what those that do are known by."""
         for shape, mask, keys in zip(shapes, self._masks, self._keys, strict=True):
             counted = layout.counted(mask, shape)
             yield counted, layout.keys(keys, counted)
 
-    def _keyed_rows(self, site: NormSite) -> Iterator[tuple[Array, Array, Keys | None]]:
+    def _keyed_rows(self, site: NormSite) -> Iterator[tuple[Array, Array, Keys]]:
         layout = self.layout(site.input, _channels(site))
         shapes = [values[site.input].shape for values in self.converted]
         for original, converted, (counted, keys) in zip(
@@ -163,22 +172,23 @@ class Layout:
 
     channels: axes counted from the end; of a site those over which gamma varies: the normalized
     one, or that and others (a gamma of its own for each head). Rows come sample by sample, wherever
-    the samples' axis lies. shapes, masks, samples: of all batches, which tell together where the
-    axes of samples and tokens lie: a batch of as many samples as tokens could be read in two ways.
+    the samples' axis lies. shapes, masks, samples: of all batches (of masks their shapes), which
+    tell together where the axes of samples and tokens lie: a batch of as many samples as tokens
+    could be read in two ways.
     """
 
     def __init__(
         self,
         channels: Sequence[int],
         shapes: Sequence[tuple[int, ...]],
-        masks: Sequence[npt.NDArray[np.bool_] | None],
+        masks: Sequence[tuple[int, ...] | None],
         samples: Sequence[int],
     ) -> None:
         rank = max(map(len, shapes), default=0)
         self._channels = [axis % rank for axis in channels]
         others = [axis for axis in range(rank) if axis not in self._channels]
         found = [
-            _mask_axes(shape, others, mask.shape)
+            _mask_axes(shape, others, mask)
             for shape, mask in zip(shapes, masks, strict=True)
             if mask is not None
         ]
@@ -201,13 +211,13 @@ class Layout:
         lying = lying.transpose(np.argsort(self._others))
         return np.broadcast_to(np.expand_dims(lying, tuple(self._channels)), shape)
 
-    def keys(self, samples: Keys, counted: npt.NDArray[np.bool_]) -> Keys | None:
+    def keys(self, samples: Keys, counted: npt.NDArray[np.bool_]) -> Keys:
         """What each row that counts is known by: its sample, and its place among that one's rows.
 
-        None where it is unknown which sample a row is of.
+        All samples of its batch, where it is unknown which of them a row is of.
         """
         if self._samples is None:
-            return None
+            samples = samples.sum(keepdims=True)
         own = counted.reshape(len(samples), -1)
         places = np.cumsum(own, axis=1, dtype=np.uint64)
         return np.asarray((samples[:, None] + places)[own])

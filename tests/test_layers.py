@@ -17,7 +17,7 @@ ROOT = Path(dyt_compile.__file__).parent
 
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
-    ("archives", "errors", "dyt", "progress", "clock", "requirements", "tracing"),
+    ("archives", "errors", "dyt", "progress", "clock", "requirements", "tracing", "ranks"),
     ("inductor",),
     (
         "terms",
@@ -55,7 +55,7 @@ LAYERS = (
     ("graphs", "runtime"),
     # the user's samples as native values of a graph
     ("data", "shelf", "revision", "projections"),
-    ("walk", "refits", "footprint"),
+    ("walk", "refits", "footprint", "lessons"),
     ("passes",),
     ("exporters", "backends"),
     ("report", "trials"),
@@ -71,7 +71,7 @@ TORCH_AT_THE_TOP = {
     "graphs.fx",
     "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_memory", "graphs.fx_regions",
     "graphs.fx_terms",
-    "graphs.fx_training", "graphs.fx_weights", "losses", "checkpoints", "passes.recover",
+    "graphs.fx_training", "graphs.fx_weights", "lessons", "losses", "checkpoints", "passes.recover",
     "tracing", "training",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt_worker", "exporters.plugin.ahead_of_time", "runtime"}

@@ -303,7 +303,7 @@ def test_sums_give_their_squared_error() -> None:
     rng = np.random.default_rng(0)
     x, y = (rng.normal(3.0, 1.0, size=(500, n)).astype(np.float32) for n in (7, 4))
     mix = Mix(*(rng.normal(size=size).astype(np.float32) for size in ((7, 4), (4,))))
-    sums = _Sums(x[:10], y[:10].mean(axis=0), None)
+    sums = _Sums(x[:10].mean(axis=0), y[:10].mean(axis=0), None)
     sums.add(x, y)
     expected = np.square(mix(x).astype(np.float64) - y).sum()
     assert sums.squared_error(mix) == pytest.approx(expected, rel=1e-5)

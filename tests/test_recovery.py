@@ -21,6 +21,7 @@ from dyt_compile import Conversion, losses
 from dyt_compile.compiler import convert
 from dyt_compile.data import whole
 from dyt_compile.errors import CalibrationError, DataError, OptionError
+from dyt_compile.lessons import Lesson, Share, Teacher
 from dyt_compile.metrics import METRICS, Tally
 from dyt_compile.passes import recover as recover_pass
 from dyt_compile.passes.calibrate import calibrate
@@ -334,7 +335,7 @@ def test_narrow_weights_are_trained_as_float32(dtype: torch.dtype, tmp_path: Pat
     assert dtype in set(expected.values())
 
 
-def _lesson(result: Conversion) -> recover_pass.Lesson:
+def _lesson(result: Conversion) -> Lesson:
     return _lesson_of(result, "all", "relative", result.graph)
 
 
@@ -344,13 +345,13 @@ def test_products_are_computed_in_bfloat16_where_the_loss_stays_the_same(
 ) -> None:
     monkeypatch.setattr(recover_pass, "_fast_in_bfloat16", lambda _: True)
     lesson = _lesson(converted)
-    teacher = recover_pass._Teacher(lesson.original, [taught for taught, _ in lesson.places])
+    teacher = Teacher(lesson)
     (tokens,) = _batches(1)[0]
-    batch = {"tokens": tokens}
+    share = Share(lambda: {"tokens": tokens})
 
     def results() -> list[Tensor]:
-        run = recover_pass._Run(lesson, teacher, recover_pass._Progress(), 0, batch)
-        return [value.detach() for value in run._whole(tokens)]
+        run = recover_pass._Run(lesson, teacher, recover_pass._Progress(), 0, share)
+        return [value.detach() for value in run._learner.students[False](tokens)]
 
     exact = converted.model(tokens).detach()
     *_, rounded = results()
@@ -398,7 +399,7 @@ def test_step_has_about_as_many_positions_for_any_length(
 def test_original_is_asked_once_a_batch_while_there_is_room(converted: Conversion) -> None:
     lesson = _lesson(converted)
     (tokens,) = _batches(1)[0]
-    teacher = recover_pass._Teacher(lesson.original, [taught for taught, _ in lesson.places])
+    teacher = Teacher(lesson)
     first = teacher({"tokens": tokens}, 0)
     assert all(a is b for a, b in zip(first, teacher({"tokens": tokens}, 0), strict=True))
     assert teacher({"tokens": tokens})[0] is not first[0]
@@ -496,6 +497,30 @@ def test_loss_is_its_metric_with_what_is_masked_left_out(metric: str) -> None:
     expected = tally.measurement().error ** (2 if metric == "relative" else 1)
     assert float(losses.LOSSES[metric](f, g, mask)) == pytest.approx(expected, rel=1e-5)
     assert float(losses.LOSSES[metric](f, g, None)) != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_losses_of_parts_add_up_to_that_of_the_whole(metric: str, masked: bool) -> None:
+    torch.manual_seed(0)
+    f, g = torch.randn(5, 3, 7), torch.randn(5, 3, 7)
+    mask = torch.rand(5, 3) > 0.3 if masked else None
+
+    def parts(whole: Tensor) -> tuple[Tensor, ...]:
+        return whole.split([1, 4])
+
+    masks = (None, None) if mask is None else parts(mask)
+    for loss, weight in (
+        (losses.LOSSES[metric], losses.WEIGHTS[metric]),
+        (losses.relative, losses.positions),
+    ):
+        weights = torch.stack([weight(a, m) for a, m in zip(parts(f), masks, strict=True)])
+        own = torch.stack(
+            [loss(a, b, m) for a, b, m in zip(parts(f), parts(g), masks, strict=True)]
+        )
+        total = float((own * weights).sum() / weights.sum())
+        assert total == pytest.approx(float(loss(f, g, mask)), rel=1e-5)
 
 
 @pytest.mark.core

@@ -38,13 +38,14 @@ def interleaved(
     rounds: int,
     doing: str = "",
     clock: Callable[[], float] = time.perf_counter,
+    warm_ups: int = WARM_UPS,
 ) -> dict[str, list[float]]:
     """Milliseconds of each run by round. Every second round runs them in reverse: A B, B A, A B.
 
-    Before, each runs three times that do not count.
+    Before, each runs a few times that do not count.
     """
     for run in runs.values():
-        for _ in range(WARM_UPS):
+        for _ in range(warm_ups):
             run()
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +13,7 @@ from .. import compiler
 from ..calibration import Calibration
 from ..files import check_writable
 from ..progress import reporting
+from ..ranks import current
 from .options import BatchSize, Exclude, Fit, Model, ProviderName, Trust, Verbose
 from .progress import TerminalReporter, console, tell_written
 from .sources import load_data, load_model
@@ -65,17 +68,19 @@ def calibrate(
     """Fit every norm of MODEL on all data; convert applies the file with --fits.
 
     Runs over parts of the data give the fits of all of it, where each was made on the original's
-    activations with --keep-sums: --merge adds them.
+    activations with --keep-sums: --merge adds them. Under torchrun each process takes its share of
+    the data: torchrun --nproc-per-node 2 -m dyt_compile calibrate …
     """
     check_writable(out)
-    others = [Calibration.load(path) for path in merge or ()]
+    ranks = current()  # the first of them has the files to merge, and writes
+    others = [] if ranks.number else [Calibration.load(path) for path in merge or ()]
     source = load_model(model)
     with reporting(TerminalReporter(console(stderr=True))):
         made = compiler.calibrate(
             source.model,
             load_data(data, batch_size),
             activations=activations,
-            keep_sums=keep_sums or bool(others),
+            keep_sums=keep_sums or bool(merge),
             fit=fit,
             example=source.example,
             exclude=tuple(exclude or ()),
@@ -85,8 +90,12 @@ def calibrate(
             state=state,
             memory=memory,
         )
-        for other in others:
-            made = made.merge(other)
+    ranks.first(partial(_write, made, others, keep_sums, out))
+
+
+def _write(made: Calibration, others: Sequence[Calibration], keep_sums: bool, out: Path) -> None:
+    for other in others:
+        made = made.merge(other)
     (made if keep_sums else made.without_sums()).save(out)
     able = sum(fit.parameters is not None for fit in made.fits.values())
     console().print(f"{able} of {len(made.fits)} norms have a fit", highlight=False)

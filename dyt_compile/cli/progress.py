@@ -12,6 +12,7 @@ from rich.segment import Segment
 
 from ..errors import printable
 from ..progress import Doing
+from ..ranks import current
 
 __all__ = ["TerminalReporter", "console", "tell_written"]
 
@@ -33,8 +34,8 @@ class _PlainConsole(Console):
 
 
 def console(*, stderr: bool = False) -> Console:
-    """The terminal, or a file or pipe of 100 columns."""
-    made = _PlainConsole(stderr=stderr, markup=False, emoji=False)
+    """The terminal, or a file or pipe of 100 columns; of several ranks, the first one's."""
+    made = _PlainConsole(stderr=stderr, markup=False, emoji=False, quiet=current().number > 0)
     if not made.is_terminal:
         made.width = PLAIN_WIDTH
     return made

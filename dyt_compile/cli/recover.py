@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from .. import compiler
+from ..compiler import Conversion
 from ..errors import OptionError
 from ..files import check_writable
 from ..progress import reporting
+from ..ranks import current
 from ..recovery import recover as recover_conversion
 from ..report.terminal import report_table
 from ..report.writing import check_target, write_report
@@ -61,7 +65,8 @@ def recover(
 ) -> None:
     """Replace every norm of MODEL by Dynamic Tanh, then train the result to agree with MODEL.
 
-    A killed run goes on from its last checkpoint when the command is given again.
+    A killed run goes on from its last checkpoint when the command is given again. Under torchrun
+    the processes share the work: torchrun --nproc-per-node 2 -m dyt_compile recover …
     """
     check_out(out)
     for path in report or ():
@@ -98,10 +103,16 @@ def recover(
             checkpoint=kept,
             seed=seed,
         )
-        exported, told = write_model(result, out)
-    if checkpoint is None:
-        kept.unlink(missing_ok=True)
+        passing = kept if checkpoint is None else None
+        current().first(partial(_write, result, out, report or (), passing))
+
+
+def _write(result: Conversion, out: Path, reports: Sequence[Path], checkpoint: Path | None) -> None:
+    """Write and tell everything; checkpoint: one that goes then."""
+    exported, told = write_model(result, out)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     console().print(report_table(result.report))
     console().print(told, soft_wrap=True, highlight=False)
-    for path in report or ():
+    for path in reports:
         tell_written(write_report(result.report, path, exported=exported))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import MappingProxyType
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from ..calibration import Calibration, SiteSketch, digest, sketch
 from ..data import Part
 from ..dyt import Refit
+from ..errors import DataError
 from ..fits import ROWS, RowSample
 from ..footprint import Walked, room_within
 from ..graphs.base import Graph
@@ -26,6 +28,7 @@ from ..graphs.cuts import Stage, place, stages
 from ..mixing import obstacle, scaling_obstacle
 from ..progress import track
 from ..projections import Projection, projections
+from ..ranks import current
 from ..refits import refit
 from ..ridge import ROWS_PER_CHANNEL, fit_full
 from ..scatter import Scatter, scatter
@@ -45,7 +48,7 @@ from ..survey import Look
 from ..terms import Value
 from ..walk import Walk
 
-__all__ = ["calibrate", "fingerprint", "survey"]
+__all__ = ["calibrate", "fingerprint", "observing", "survey"]
 
 Array = npt.NDArray[np.float32]
 Affine = tuple[Array, Array]
@@ -92,6 +95,7 @@ def calibrate(
     behind = projections(graph, converted) if refits else []
     points: list[NormSite | Projection] = [*sites, *behind]
     points.sort(key=lambda point: place(point.output))
+    _check_shares(samples)
     again = {site.tied_to for site in sites}
     full = {s.name for s in sites if _unmixed(s, s.name in again, graph, fit) is None}
     room = room_within(memory_bytes, Walked(graph, points, frozenset(full), keep_sums), samples)
@@ -117,7 +121,7 @@ def calibrate(
                     squashes.get(site.name, ("tanh",))
                 )
             else:
-                found = follow(fits[site.tied_to], sums)
+                found = follow(fits[site.tied_to], sums, walk.ranks)
                 found = replace(found, unmixed=unmixed, scatter=_drawn(found, sums, graph, site))
             fits[site.name] = found if keep_sums else replace(found, sums=None)
             applied = site.name in convert and found.parameters is not None
@@ -139,16 +143,31 @@ def survey(graph: Graph, match: Match, samples: Part) -> dict[str, Look]:
     sites = [site for site in match.sites if not site.kind.lossless]
     looks = {}
     with Shelf(graph) as shelf:
-        walk = Walk(graph, shelf, samples)
-        for stage, following, site in zip(*_paired(stages(graph, sites)), sites, strict=True):
-            walk.advance(stage)
-            walk.observe(site, stage, RowSample(0, 1))
+        for site, walk, _ in observing(graph, sites, shelf, samples, lambda _: RowSample(0, 1)):
             centred = site.kind is NormKind.LAYER_NORM
-            deviations = np.concatenate([sigma(x, centred=centred) for x, _ in walk.rows(site)])
+            own = [sigma(x, centred=centred) for x, _ in walk.rows(site)]
+            deviations = np.concatenate(list(chain.from_iterable(walk.ranks.gathered(own))))
             elements = walk.elements(site) / samples.samples
             looks[site.name] = Look(median_and_peak(deviations)[1], elements)
-            walk.apply(site, None, stage, following)
     return looks
+
+
+def observing(
+    graph: Graph,
+    sites: Sequence[NormSite],
+    shelf: Shelf,
+    samples: Part,
+    sample_of: Callable[[NormSite], RowSample],
+) -> Iterator[tuple[NormSite, Walk, RowSample]]:
+    """Each site of the original with rows of it, in a sample that `sample_of` begins.
+
+    One forward pass over the samples, whatever is observed.
+    """
+    walk = Walk(graph, shelf, samples)
+    for stage, following, site in zip(*_paired(stages(graph, sites)), sites, strict=True):
+        walk.advance(stage)
+        yield site, walk, walk.observe(site, stage, sample_of(site))
+        walk.apply(site, None, stage, following)
 
 
 def fingerprint(graph: Graph, match: Match) -> tuple[SiteSketch, ...]:
@@ -167,6 +186,15 @@ def fingerprint(graph: Graph, match: Match) -> tuple[SiteSketch, ...]:
     )
 
 
+def _check_shares(samples: Part) -> None:
+    ranks = current()
+    if samples.samples < ranks.size:
+        raise DataError(
+            f"the data holds {samples.samples} samples for {ranks.size} ranks; allowed: one for "
+            "each, or more"
+        )
+
+
 def _later_calls(
     graph: Graph, sites: Sequence[NormSite], shelf: Shelf, samples: Part, seed: int
 ) -> dict[str, list[RowSample]]:
@@ -174,13 +202,13 @@ def _later_calls(
     found: dict[str, list[RowSample]] = {}
     if all(site.tied_to is None for site in sites):
         return found
-    walk = Walk(graph, shelf, samples)
-    for stage, following, site in zip(*_paired(stages(graph, sites)), sites, strict=True):
-        walk.advance(stage)
-        sample = walk.observe(site, stage, RowSample(_seed(seed, site)))
+
+    def sample_of(site: NormSite) -> RowSample:
+        return RowSample(_seed(seed, site))
+
+    for site, _, sample in observing(graph, sites, shelf, samples, sample_of):
         if site.tied_to is not None:
             found.setdefault(site.tied_to, []).append(sample)
-        walk.apply(site, None, stage, following)
     return found
 
 
@@ -238,13 +266,16 @@ class _Fitting:
     def _fitted(self, squash: str) -> SiteFit:
         """The full fit of a site, or its diagonal one where that is better on held-out rows."""
         site = self.calls[0]
-        diagonal = fit_site(self.sums, self.later, squash)
+        ranks = self.walk.ranks
+        diagonal = fit_site(self.sums, self.later, squash, ranks)
         drawn = _drawn(diagonal, self.sums, self.graph, site)
         diagonal = replace(diagonal, unmixed=self.unmixed, scatter=drawn)
         if self.unmixed or diagonal.parameters is None:
             return diagonal
         rows = self.sums.sample.rows()
-        full = fit_full(*rows, lambda: self.walk.rows(site), beside=self.keep_sums, squash=squash)
+        full = fit_full(
+            *rows, lambda: self.walk.rows(site), beside=self.keep_sums, squash=squash, ranks=ranks
+        )
         stuck = diagonal.affine and scaling_obstacle(site) is not None
         return chosen(diagonal, full, "full" if stuck else self.fit)
 

@@ -13,26 +13,23 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ..checkpoints import load_checkpoint, save_checkpoint
-from ..data import attention_mask
 from ..errors import OptionError
-from ..graphs.base import Batch
 from ..graphs.fx import FxGraph
-from ..graphs.fx_training import dyt_paths, learned, watching
-from ..losses import LOSSES, relative
+from ..lessons import Learner, Lesson, Share, Teacher
 from ..metrics import Measurement
 from ..progress import track
-from ..terms import Value
+from ..ranks import current
 
-__all__ = ["Course", "Lesson", "Limit", "Recovered", "recover"]
+__all__ = ["Course", "Limit", "Recovered", "recover"]
 
 BLOCKWISE = 0.05
 """The share of a run that learns block by block. On the digits ViT, 250 steps, more did not pay: a
@@ -45,9 +42,6 @@ EVERY = 10
 PATIENCE = 5
 """Evaluations without a better one before the run ends. The weights that came in do not count as
 one: from a good fit the error first rises, and falls below it only as the rate falls."""
-
-KEPT_BYTES = 2 << 30
-"""Of the original's values, which then need not be computed again in every epoch."""
 
 BFLOAT16_TOLERANCE = 0.05
 """How much of the first loss bfloat16 may change, for the products to be computed in it."""
@@ -83,37 +77,6 @@ class Limit:
         return min(1.0, seconds / (60 * self.minutes))
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What is learned from what.
-
-    original, converted: the two models; pairs: values of both that should agree, in execution
-    order; outputs: the output of both, which `metric` measures; train: "all" or "dyt"; about: what
-    is told of it while it goes on.
-    """
-
-    original: FxGraph
-    converted: FxGraph
-    pairs: Sequence[tuple[Value, Value]]
-    outputs: tuple[Value, Value]
-    metric: str
-    train: str
-    about: str = ""
-
-    @property
-    def places(self) -> list[tuple[Value, Value]]:
-        """All values that should agree, the output last."""
-        return [*self.pairs, self.outputs]
-
-    def trained(self) -> dict[str, torch.nn.Parameter]:
-        """The parameters to train, by path."""
-        found = learned(self.converted)
-        if self.train == "all":
-            return found
-        own = dyt_paths(self.converted)
-        return {path: tensor for path, tensor in found.items() if path in own}
-
-
 Course = Sequence[tuple[float, Callable[[FxGraph | None], Lesson]]]
 """The stages of a run: up to which share of it each one goes, and what makes its lesson of the
 graph that the stage before ended with."""
@@ -136,7 +99,7 @@ class Recovered:
 
 def recover(
     course: Course,
-    loaders: Sequence[Callable[[], Batch]],
+    shares: Sequence[Share],
     measure: Measure,
     limit: Limit,
     *,
@@ -145,21 +108,18 @@ def recover(
 ) -> Recovered:
     """Train copies of the converted graph's weights; the given graphs stay as they are.
 
-    loaders: the batches to learn from; measure: the held-out error, by which the weights that a
-    stage ends with are chosen, those that came in among them. checkpoint: written at every
-    evaluation; a run goes on from it where it exists. With a limit in steps the result depends on
-    nothing but the arguments.
+    shares: this rank's of the batches to learn from; measure: the held-out error, by which the
+    weights that a stage ends with are chosen, those that came in among them. checkpoint: written by
+    the first rank at every evaluation; a run goes on from it where it exists. With a limit in steps
+    the result depends on nothing but the arguments; on the number of ranks up to rounding.
 
     Raises OptionError where there is nothing to train, CalibrationError for a checkpoint that is
     damaged or of another run.
     """
     lesson = course[0][1](None)
     name = _fingerprint(lesson, [end for end, _ in course], seed)
-    progress, tensors = _Progress(), dict[str, Tensor]()
-    if checkpoint is not None and checkpoint.is_file():
-        held, tensors = load_checkpoint(checkpoint, name)
-        progress = _Progress.of(held)
-    teacher = _Teacher(lesson.original, [value for value, _ in lesson.places])
+    progress, tensors = _loaded(checkpoint, name)
+    teacher = Teacher(lesson)
     graph = lesson.converted
     for number, (end, lesson_of) in enumerate(course):
         if number:
@@ -167,22 +127,46 @@ def recover(
             graph = lesson.converted
         if number < len(progress.stages) - 1:
             continue  # it is over: the checkpoint has the weights of a later one
-        run = _Run(lesson, teacher, progress, seed, loaders[0]())
+        run = _Run(lesson, teacher, progress, seed, shares[0])
         if number < len(progress.stages):
             run.load(tensors)
         else:
             run.begin(measure, limit)
-        for done in track(run.learn(loaders, limit, end), run.told, run.ticks(end)):
+        for done in track(run.learn(shares, limit, end), run.told, run.ticks(end)):
             if done is not None:
                 run.evaluate(measure, done)
                 if checkpoint is not None:
-                    save_checkpoint(checkpoint, name, progress.held(), run.tensors())
+                    current().first(partial(_save, checkpoint, name, progress, run))
                 if run.hopeless:
                     break
         graph = run.graph()
     return Recovered(
         graph, tuple(progress.curve), tuple(progress.stages), progress.steps, progress.elapsed()
     )
+
+
+def _loaded(checkpoint: Path | None, run: str) -> tuple[_Progress, dict[str, Tensor]]:
+    """How far a run got before, on all ranks; the file need lie where the first rank is alone.
+
+    Raises OptionError where the ranks are not of one run.
+    """
+    ranks = current()
+    if len(set(ranks.gathered(run))) > 1:
+        raise OptionError(
+            "the ranks were given models of different weights; allowed: the same on each, so load "
+            "it, or seed what makes it"
+        )
+    held: dict[str, Any] | None = None
+    tensors: dict[str, Tensor] = {}
+    if not ranks.number and checkpoint is not None and checkpoint.is_file():
+        held, tensors = load_checkpoint(checkpoint, run)
+    held = ranks.first(lambda: held)
+    return _Progress() if held is None else _Progress.of(held), ranks.tensors(lambda: tensors)
+
+
+def _save(checkpoint: Path, name: str, progress: _Progress, run: _Run) -> None:
+    tensors = run.tensors()  # which tells progress the scale, too
+    save_checkpoint(checkpoint, name, progress.held(), tensors)
 
 
 @dataclass
@@ -230,12 +214,13 @@ class _Run:
     """A stage's weights on their way: float32 masters, their optimizer, and the best ones."""
 
     def __init__(
-        self, lesson: Lesson, teacher: _Teacher, progress: _Progress, seed: int, batch: Batch
+        self, lesson: Lesson, teacher: Teacher, progress: _Progress, seed: int, share: Share
     ) -> None:
         self._lesson = lesson
         self._teacher = teacher
         self._progress = progress
         self._seed = seed
+        self._ranks = current()
         self._given = lesson.trained()
         self._masters = _masters(self._given)
         self._distinct = {id(m): (path, m) for path, m in reversed(self._masters.items())}
@@ -246,7 +231,8 @@ class _Run:
         narrow = any(tensor.dtype is torch.float16 for tensor in self._given.values())
         self._device = next(iter(self._masters.values())).device.type
         self._scaler = torch.amp.GradScaler(self._device, enabled=narrow)
-        self._blockwise, self._whole = self._students(self._bfloat16_serves(batch))
+        bfloat16 = self._ranks.first(lambda: self._bfloat16_serves(share))
+        self._learner = self._ranks.averaging(Learner(lesson, self._masters, bfloat16=bfloat16))
 
     @property
     def hopeless(self) -> bool:
@@ -265,28 +251,30 @@ class _Run:
     def begin(self, measure: Measure, limit: Limit) -> None:
         """Begin the stage."""
         progress = self._progress
-        progress.began = limit.share(progress.elapsed(), progress.steps)
+        progress.began = self._share(limit)
         progress.stages.append(len(progress.curve))
         progress.rates = [group["lr"] for group in self._optimizer.param_groups]
         self.evaluate(measure, progress.began)
 
-    def learn(
-        self, loaders: Sequence[Callable[[], Batch]], limit: Limit, end: float
-    ) -> Iterator[float | None]:
+    def learn(self, shares: Sequence[Share], limit: Limit, end: float) -> Iterator[float | None]:
         """Learn until `end`, a share of the run; give the share where it is time to evaluate."""
-        progress, order = self._progress, self._order(len(loaders))
+        progress, order = self._progress, self._order(len(shares))
         ticks, width = self.ticks(end), max(end - progress.began, 1e-9)
 
         def part() -> float:
-            share = limit.share(progress.elapsed(), progress.steps)
-            return min(1.0, (share - progress.began) / width)
+            return min(1.0, (self._share(limit) - progress.began) / width)
 
         for tick in range(math.floor(part() * ticks) + 1, ticks + 1):
-            while part() < tick / ticks:
+            while (done := part()) < tick / ticks:
                 number = next(order)
-                self._step(number, loaders[number](), part())
+                self._step(number, shares[number], done)
             time_is_up = tick % EVERY == 0 or tick == ticks
             yield progress.began + width * tick / ticks if time_is_up else None
+
+    def _share(self, limit: Limit) -> float:
+        """How much of the run is over, by the first rank's clock."""
+        progress = self._progress
+        return self._ranks.first(lambda: limit.share(progress.elapsed(), progress.steps))
 
     def _order(self, batches: int) -> Iterator[int]:
         """Numbers of batches without end, from where the run is; each epoch has its own order."""
@@ -298,16 +286,19 @@ class _Run:
             self._progress.epoch += 1
             self._progress.taken = 0
 
-    def _step(self, number: int, batch: Batch, share: float) -> None:
-        """Learn from the batch of that number."""
+    def _step(self, number: int, share: Share, done: float) -> None:
+        """Learn from the batch of that number, each rank from its share; done: of the stage."""
         progress = self._progress
-        factor = min(1.0, (progress.steps + 1) / WARM_UP_STEPS) * _cosine(share)
+        factor = min(1.0, (progress.steps + 1) / WARM_UP_STEPS) * _cosine(done)
         for group, rate in zip(self._optimizer.param_groups, progress.rates, strict=True):
             group["lr"] = rate * factor
         self._optimizer.zero_grad(set_to_none=True)
-        student = self._blockwise if share < BLOCKWISE else self._whole
-        loss = self._loss(batch, self._teacher(batch, number), student)
-        self._scaler.scale(loss).backward()
+        material = self._teacher.material(share, number)
+        shares = self._ranks.shares(material.weights).float()
+        with self._ranks.meeting():
+            loss = self._learner(material, shares, cut=done < BLOCKWISE)
+            # Gradients are means over the ranks, and the loss of all is the sum of theirs.
+            self._scaler.scale(loss * self._ranks.size).backward()
         self._scaler.unscale_(self._optimizer)
         torch.nn.utils.clip_grad_norm_([m for _, m in self._distinct.values()], CLIP)
         self._scaler.step(self._optimizer)
@@ -353,41 +344,17 @@ class _Run:
         best = {path: self._best[self._distinct[id(m)][0]] for path, m in self._masters.items()}
         return self._graph(best)
 
-    def _loss(
-        self, batch: Batch, taught: Sequence[Tensor], student: torch.fx.GraphModule
-    ) -> Tensor:
-        """The error at the output and the mean error at the sites."""
-        weights = {path: m.to(self._given[path].dtype) for path, m in self._masters.items()}
-        given = tuple(batch[name] for name in self._lesson.converted.inputs)
-        *made, g = functional_call(student, weights, given, tie_weights=False)
-        *taught, f = taught
-        counted = attention_mask(batch, self._lesson.original)
-        mask = None if counted is None else torch.from_numpy(counted).to(f.device)
-        loss = LOSSES[self._lesson.metric](f, g, mask)
-        if made:
-            sites = [relative(a, b, mask) for a, b in zip(taught, made, strict=True)]
-            loss = loss + torch.stack(sites).mean()
-        return loss
-
-    def _students(self, bfloat16: bool) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
-        """The converted model, in parts that learn by themselves, and as a whole."""
-        lesson = self._lesson
-        places = [value for _, value in lesson.places]
-        return (
-            watching(lesson.converted, places, cut=True, bfloat16=bfloat16),
-            watching(lesson.converted, places, cut=False, bfloat16=bfloat16),
-        )
-
-    def _bfloat16_serves(self, batch: Batch) -> bool:
+    def _bfloat16_serves(self, share: Share) -> bool:
         """Whether products can be computed in bfloat16: it is fast here, and the loss the same."""
         tensors = self._given.values()
         if not _fast_in_bfloat16(self._device) or any(t.dtype != torch.float32 for t in tensors):
             return False
-        taught = self._teacher(batch)
+        material = self._teacher.material(share)
+        shares = torch.ones_like(material.weights, dtype=torch.float32)
         with torch.no_grad():
             exact, rounded = (
-                float(self._loss(batch, taught, self._students(bfloat16)[1]))
-                for bfloat16 in (False, True)
+                float(Learner(self._lesson, self._masters, bfloat16=b)(material, shares, cut=False))
+                for b in (False, True)
             )
         return abs(rounded - exact) <= BFLOAT16_TOLERANCE * exact
 
@@ -404,28 +371,6 @@ class _Run:
 
     def _copied(self) -> dict[str, Tensor]:
         return {path: master.detach().clone() for path, master in self._distinct.values()}
-
-
-class _Teacher:
-    """What the original has where the converted model learns; kept, since batches come again."""
-
-    def __init__(self, graph: FxGraph, values: Sequence[Value]) -> None:
-        self._inputs = list(graph.inputs)
-        self._run = watching(graph, values, cut=False)
-        self._kept: dict[int, list[Tensor]] = {}
-        self._left_bytes = KEPT_BYTES
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch, number: int | None = None) -> list[Tensor]:
-        """The values for a batch; of one with a number they are kept while there is room."""
-        if number is not None and number in self._kept:
-            return self._kept[number]
-        made = list(self._run(*(batch[name] for name in self._inputs)))
-        size = sum(tensor.nbytes for tensor in made)
-        if number is not None and size <= self._left_bytes:
-            self._left_bytes -= size
-            self._kept[number] = made
-        return made
 
 
 def _fast_in_bfloat16(device: str) -> bool:
@@ -454,7 +399,7 @@ def _masters(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for tensor in given.values():
         if id(tensor) not in made:
             wide = torch.promote_types(tensor.dtype, torch.float32)
-            made[id(tensor)] = tensor.detach().to(wide, copy=True).requires_grad_()
+            made[id(tensor)] = torch.nn.Parameter(tensor.detach().to(wide, copy=True))
     return {path: made[id(tensor)] for path, tensor in given.items()}
 
 

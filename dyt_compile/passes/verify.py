@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..data import Part, attention_mask
+from ..data import Part, attention_mask, dealt
 from ..errors import DataError, OptionError
 from ..graphs.base import Batch, Graph
 from ..metrics import Measurement, Metric, Tally
 from ..progress import track
+from ..ranks import current
 from ..shelf import Kept, Shelf
 from ..terms import Value
 
@@ -26,11 +27,12 @@ class Reference:
         self.output = chosen_output(graph, output)
         self._named = output is not None
         self._graph = graph
-        self._samples = samples
+        self._ranks = current()
+        self._samples = dealt(graph, samples, self._ranks)
         self._metric = metric
         run = graph.segment(list(graph.inputs.values()), [graph.outputs[self.output]])
         self._kept: list[Kept] = []
-        for batch in track(samples, "running the original", samples.batches):
+        for batch in track(self._samples, "running the original", self._samples.batches):
             (result,) = run([batch[name] for name in graph.inputs])
             self._kept.append(shelf.keep(result, graph.outputs[self.output]))
 
@@ -49,7 +51,8 @@ class Reference:
             mask = attention_mask(batch, self._graph)
             inputs = {} if isinstance(self._metric, str) else self._arrays(batch)
             tally.add(original, converted.to_array(result), mask, inputs, places)
-        return tally.measurement()
+        tally.join(self._ranks)
+        return self._ranks.first(tally.measurement)
 
     def _arrays(self, batch: Batch) -> dict[str, npt.NDArray[Any]]:
         return {name: self._graph.to_array(native) for name, native in batch.items()}
