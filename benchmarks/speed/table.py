@@ -32,7 +32,9 @@ In every cell a form took turns with the original in one process: A B, B A, and 
 median of the ratios of all pairs, with its 95 % interval (bootstrap over the pairs): below 1 is
 faster. Medians of single forms, in ms, only say how long such a run is: never compare them between
 cells. All weights are random, norms and DyT have gammas and betas, and all is float32 where nothing
-else is said. Files are as the package, or torch's exporter, writes them, with a dynamic batch.
+else is said. Files are as the package, or torch's exporter, writes them, with a dynamic batch. How
+many threads there were is told [at the end](#how-it-was-run). How long it takes to find and rewrite
+norms in files, beside other tools: [files.md](files.md).
 """
 
 MODELS = """\
@@ -258,16 +260,31 @@ def _loaded(results: Results) -> str:
 
 
 def _runs(results: Results) -> str:
-    """Under which circumstances the cells were made, usually all under the same."""
-    names: dict[str, list[str]] = {}
-    for name, cell in _cells(results):
-        names.setdefault(cell["run"], []).append(name)
-    lines = []
-    for run, cells in names.items():
-        told = ", ".join(f"{key} {value}" for key, value in results["runs"][run].items())
-        which = "All" if len(names) == 1 else ", ".join(cells)
-        lines.append(f"- {which}: {told}.")
+    """Under which circumstances the cells were made: what all share, then what differs."""
+    names = dict.fromkeys(cell["run"] for _, cell in _cells(results))
+    runs = [results["runs"][name] for name in names]
+    shared = {k: v for k, v in runs[0].items() if all(run.get(k) == v for run in runs)}
+    lines = [f"- All: {_told(shared)}."]
+    for name, run in zip(names, runs, strict=True):
+        own = _told({key: value for key, value in run.items() if key not in shared})
+        if own:
+            lines.append(f"- {own}: {'; '.join(_places(results, name))}.")
     busy = _others(results)
     if busy:
         lines.append(f"- Cores busy with other work meanwhile: {mean(busy):.2f} on average.")
     return "\n".join(["## How it was run", "", *lines])
+
+
+def _told(run: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in run.items())
+
+
+def _places(results: Results, run: str) -> Iterator[str]:
+    """What was made in a run: forms by subject and runtime, or all of them."""
+    for subject, runtimes in results["subjects"].items():
+        for runtime, cells in runtimes.items():
+            own = [name for name, cell in cells.items() if cell["run"] == run]
+            if len(own) == len(cells):
+                yield f"{subject}/{runtime}"
+            elif own:
+                yield f"{subject}/{runtime}, {' and '.join(own)}"
