@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import shutil
@@ -18,6 +19,9 @@ __all__ = ["Place", "found_at", "one_line"]
 WORKER = "tensorrt_worker"
 WORKER_SECONDS = 20.0
 """So long after its parent's death a process of TensorRT may still be there."""
+
+FOREIGN = {"__pycache__", ".ses", f"torchinductor_{getpass.getuser()}"}
+"""What Python, ONNX Runtime and torch leave among temporary files for their next run."""
 
 ERROR = re.compile(r"[A-Z]\w*Error: \S.*")
 
@@ -73,7 +77,7 @@ class Place:
             str(path.relative_to(folder.parent))
             for folder in (self.home, self.temporary)
             for path in folder.rglob("*")
-            if "__pycache__" not in path.parts and "torchinductor" not in str(path)
+            if not FOREIGN.intersection(path.relative_to(folder).parts)
         }
 
     def orphans(self) -> list[str]:

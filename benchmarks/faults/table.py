@@ -71,7 +71,8 @@ file. What is refused says `cannot write` and why, and leaves the old file, and 
 TARGETS = """\
 ## Odd targets
 
-Every command of the first table, once each. What is refused is refused before the model is read.
+*Tried*: with how many of the commands above, once each. What is refused is refused before the
+model is read.
 """
 
 PAIRS = """\
