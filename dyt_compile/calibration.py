@@ -137,7 +137,7 @@ class Calibration:
                     {name: _fit(name, fit, arrays) for name, fit in about["fits"].items()}
                 ),
                 fingerprint=tuple(_sketch(site) for site in about["fingerprint"]),
-                converted=frozenset(about["converted"]),
+                converted=frozenset(map(_name, about["converted"])),
                 refits=MappingProxyType(
                     {
                         name: Refit(_mix(f"{REFIT}{name}", arrays), *figures)
@@ -258,6 +258,12 @@ def _fit(name: str, figures: dict[str, Any], arrays: Mapping[str, Any]) -> SiteF
     fit = SiteFit(DytParameters(squash=squash, **values), mix=mix, **figures)
     _check_finite(name, fit.arrays())
     return fit
+
+
+def _name(told: Any) -> str:
+    if not isinstance(told, str):
+        raise CalibrationError(f"the calibration converts {told!r}, which is no name")
+    return told
 
 
 def _check_finite(name: str, arrays: Mapping[str, Any]) -> None:
