@@ -333,6 +333,8 @@ def _sketch(data: dict[str, Any]) -> SiteSketch:
     numbers = data["eps"], *data["axes"], *(data["gamma"] or ()), *(data["beta"] or ())
     if not all(isinstance(number, Real) for number in (*numbers, data["channels"] or 0)):
         raise TypeError(f"a site is described by {data!r}")
+    if any(len(data[part] or (0, 0)) != 2 for part in ("gamma", "beta")):
+        raise ValueError(f"a site is described by {data!r}")
     data["axes"] = tuple(data["axes"])
     for name in ("gamma", "beta"):
         data[name] = None if data[name] is None else tuple(data[name])
