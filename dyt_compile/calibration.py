@@ -133,7 +133,7 @@ class Calibration:
                     {name: _fit(name, fit, arrays) for name, fit in about["fits"].items()}
                 ),
                 fingerprint=tuple(_sketch(site) for site in about["fingerprint"]),
-                converted=frozenset(about["converted"]),
+                converted=frozenset(map(_name, about["converted"])),
                 refits=MappingProxyType(
                     {
                         name: Refit(_mix(f"{REFIT}{name}", arrays), *figures)
@@ -256,6 +256,12 @@ def _fit(name: str, figures: dict[str, Any], arrays: Mapping[str, Any]) -> SiteF
     return fit
 
 
+def _name(told: Any) -> str:
+    if not isinstance(told, str):
+        raise CalibrationError(f"the calibration converts {told!r}, which is no name")
+    return told
+
+
 def _check_finite(name: str, arrays: Mapping[str, Any]) -> None:
     """Raise CalibrationError for values that no fit has."""
     for part, array in arrays.items():
@@ -323,6 +329,8 @@ def _sketch(data: dict[str, Any]) -> SiteSketch:
     numbers = data["eps"], *data["axes"], *(data["gamma"] or ()), *(data["beta"] or ())
     if not all(isinstance(number, Real) for number in (*numbers, data["channels"] or 0)):
         raise TypeError(f"a site is described by {data!r}")
+    if any(len(data[part] or (0, 0)) != 2 for part in ("gamma", "beta")):
+        raise ValueError(f"a site is described by {data!r}")
     data["axes"] = tuple(data["axes"])
     for name in ("gamma", "beta"):
         data[name] = None if data[name] is None else tuple(data[name])

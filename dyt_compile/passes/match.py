@@ -101,11 +101,7 @@ def match(graph: Graph) -> Match:
     """
     try:
         return _matched(graph)
-    except (
-        ArithmeticError,
-        LookupError,
-        ValueError,
-    ) as error:  # of NumPy, at arrays of such shapes
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CaptureError(
             f"model {graph.name!r} contradicts itself in shapes or constants: "
             f"{type(error).__name__}, {first_line(error)}"
