@@ -159,7 +159,7 @@ class Walked:
         solved = 0
         if full:
             sums = 3 if self.keep_sums else 1
-            solved = (16 * sums + 28) * channels**2 + 28 * channels * CHUNK
+            solved = (16 * sums + 16) * channels**2 + 28 * channels * CHUNK
         sampled = _sample_bytes(channels, full=full)
         return streamed + sampled + max(DIAGONAL * channels * ROWS, solved)
 

@@ -394,7 +394,8 @@ class FxSegment:
         for node in nodes:
             for operand in node.all_input_nodes:
                 last_use[operand] = node
-        self._tables = {node for node in nodes if _is_table(node, set(nodes), holder)}
+        own = set(nodes)
+        self._tables = {node for node in nodes if _is_table(node, own, holder)}
         kept = set(stop)
         self._released: dict[torch.fx.Node, list[torch.fx.Node]] = {}
         for operand, node in last_use.items():
@@ -435,10 +436,11 @@ class FxSegment:
 
 def _is_table(node: torch.fx.Node, own: set[torch.fx.Node], holder: Holder) -> bool:
     """Whether a weight lies in a file, and a segment does nothing with it but look up rows."""
+    if node.op != "get_attr":
+        return False
     readers = [reader for reader in node.users if reader in own]
     return (
-        node.op == "get_attr"
-        and bool(readers)
+        bool(readers)
         and all(r.target is LOOKUP and r.args[0] is node is not r.args[1] for r in readers)
         and holder.stored(str(node.target)) is not None
     )

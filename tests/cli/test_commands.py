@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dyt_compile import Calibration
 from dyt_compile.cli import main
@@ -38,6 +38,10 @@ class Block(torch.nn.Module):
 def load():
     torch.manual_seed(0)
     return torch.nn.Sequential(Block(), Block()), (torch.randn(2, 3, 8),)
+
+def empty():
+    with torch.device("meta"):
+        return torch.nn.Sequential(Block(), Block()), (torch.randn(2, 3, 8, device="cpu"),)
 
 def wrong():
     return "model"
@@ -151,6 +155,29 @@ def test_calibrate_merges_runs_over_other_data(
     assert Calibration.load(plain).fits["0.norm"].sums is None
     told = failure(capsys, "calibrate", model, "--data", data, "--merge", first, "-o", plain)
     assert told.startswith("CalibrationError: site '1.norm' rests on fits of earlier sites")
+
+
+def test_weights_of_an_empty_model_are_read_from_state(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, whole, lazy = (tmp_path / f"{name}.safetensors" for name in ("state", "whole", "lazy"))
+    save_file(load_model(model).model.state_dict(), state)
+    empty = model.replace(":load", ":empty")
+    assert run("calibrate", model, "--data", data, "-o", whole) == 0
+    options = ["--data", data, "-o", lazy, "--state", state]
+    assert run("calibrate", empty, *options, "--memory", "64GB") == 0
+    found, expected = load_file(lazy), load_file(whole)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    told = failure(capsys, "calibrate", empty, *options, "--memory", "9MB")
+    assert told.startswith("OptionError: memory is 9 MB, and calibrating this model takes")
+    told = failure(capsys, "calibrate", empty, *options, "--memory", "9XB")
+    assert told == "OptionError: memory is '9XB'; allowed: bytes as in 8GB, 512MiB, 8000000000"
+    told = failure(capsys, "calibrate", model, *options)
+    assert told.startswith("OptionError: state is of modules that are built on the meta device")
+    told = failure(capsys, "calibrate", empty, *options[:4])
+    assert told.startswith("CaptureError: the weights of Sequential are on the meta device")
 
 
 def test_report_may_be_written_twice_and_is_named(
