@@ -210,9 +210,8 @@ class _TorchRanks(Ranks):
         with self.meeting():
             # A model may hold parameters that the output measured does not depend on.
             return DistributedDataParallel(
-                module, broadcast_buffers=False, find_unused_parameters=True,
-                gradient_as_bucket_view=True,
-            )  # fmt: skip
+                module, find_unused_parameters=True, gradient_as_bucket_view=True
+            )
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
@@ -241,6 +240,7 @@ class _TorchRanks(Ranks):
 
 def _met(timeout_s: float) -> tuple[_TorchRanks, Any]:
     """This process's place, and what all of them can read and write even when some are gone."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come from every rank
     import torch
 
     distributed = _distributed()
