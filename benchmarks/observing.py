@@ -51,12 +51,12 @@ class Images:
 
     batches: int
     size: int
-    shape: tuple[int, ...] = SHAPE
+    pixels: tuple[int, ...] = SHAPE
 
     def __iter__(self) -> Iterator[tuple[Tensor]]:
         random = torch.Generator().manual_seed(0)
         for _ in range(self.batches):
-            yield (torch.randn(self.size, *self.shape, generator=random),)
+            yield (torch.randn(self.size, *self.pixels, generator=random),)
 
 
 def model(name: str) -> nn.Module:

@@ -117,11 +117,12 @@ def joined() -> Iterator[Ranks]:
     if ranks.number:
         logging.getLogger("dyt_compile").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, ranks.ended)
+    before = signal.signal(signal.SIGTERM, ranks.ended)
     try:
         with among(ranks):
             yield ranks
         ranks.leave()
+        signal.signal(signal.SIGTERM, before)
     except Exception as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, since this process ends by now
         if not _is_first_to_tell(store):
