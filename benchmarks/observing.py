@@ -2,9 +2,9 @@
 
 Observing all norms of ViT-B (random weights) needs one forward pass of the original a sample. Both
 take turns on the same batches, in CPU seconds, which other work on the machine does not count in.
-Then the peak of resident memory of observing 10, 100 and 1,000 batches of one image, ViT-Ti, each
-in a process of its own that keeps at most 8 MB of activations in memory, the rest in files. Writes
-benchmarks/results/observing.json.
+Then the peak of resident memory of a process that observes 10, then 100, then 1,000 batches of
+eight images, the digits ViT, and keeps at most 8 MB of activations in memory, the rest in files.
+Writes benchmarks/results/observing.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,9 @@ from .speed.pairs import Ratio, interleaved, others, ratio
 
 RESULTS = Path(__file__).parent / "results/observing.json"
 LARGE, SMALL = "vit_base_patch16_224", "vit_tiny_patch16_224"
-SIDE = 224
-"""Models of timm, and the side of their images."""
+"""Models of timm."""
+SHAPE = (3, 224, 224)
+"""Of their images."""
 KEPT_BYTES = 8 << 20
 
 
@@ -50,11 +51,12 @@ class Images:
 
     batches: int
     size: int
+    pixels: tuple[int, ...] = SHAPE
 
     def __iter__(self) -> Iterator[tuple[Tensor]]:
         random = torch.Generator().manual_seed(0)
         for _ in range(self.batches):
-            yield (torch.randn(self.size, 3, SIDE, SIDE, generator=random),)
+            yield (torch.randn(self.size, *self.pixels, generator=random),)
 
 
 def model(name: str) -> nn.Module:
@@ -66,11 +68,11 @@ def model(name: str) -> nn.Module:
 
 def captured(name: str) -> Graph:
     """Its graph, with any number of images a batch."""
-    return capture(model(name), (torch.zeros(2, 3, SIDE, SIDE),))
+    return capture(model(name), (torch.zeros(2, *SHAPE),))
 
 
 def observe(
-    graph: Graph, sites: Sequence[NormSite], images: Images, memory_bytes: int = KEPT_BYTES
+    graph: Graph, sites: Sequence[NormSite], images: Iterable[Any], memory_bytes: int = KEPT_BYTES
 ) -> int:
     """Observe all sites; how many rows their samples hold together."""
     with Shelf(graph, memory_bytes) as shelf:
@@ -102,21 +104,25 @@ def cost(name: str, images: Images, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peak_bytes(name: str, images: Images) -> int:
-    """Peak of resident memory of observing, the model and all imports included."""
+def peaks(counts: Sequence[int]) -> dict[str, int]:
+    """Peak of resident memory after so many batches, rising, the model and all imports included."""
+    from examples.digits.model import load
+
     torch.set_num_threads(1)
-    graph = captured(name)
-    observe(graph, match(graph).sites, images)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def peaks(name: str, counts: Sequence[int]) -> dict[str, int]:
-    """The peak for each number of batches."""
-    found = {}
+    found, example = load()
+    graph = capture(found, example)
+    sites = match(graph).sites
+    peak_bytes = {}
     for count in counts:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[str(count)] = pool.apply(peak_bytes, (name, Images(count, 1)))
-    return found
+        observe(graph, sites, Images(count, 8, tuple(example[0].shape[1:])))
+        peak_bytes[str(count)] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_bytes
+
+
+def apart(counts: Sequence[int]) -> dict[str, int]:
+    """The peaks, in a process that does nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peaks, (counts,))
 
 
 def table(told: dict[str, Any]) -> Table:
@@ -127,7 +133,7 @@ def table(told: dict[str, Any]) -> Table:
         figures = f"{found.median:.3f} (95 %: {found.low:.3f} to {found.high:.3f})"
         made.add_row(cost["model"], f"observing {cost['images']} images / one pass", figures)
     for count, peak in told.get("peak_bytes", {}).items():
-        made.add_row(SMALL, f"peak of memory, {count} batches", f"{peak / 1e6:.0f} MB")
+        made.add_row("digits ViT", f"peak of memory, {count} batches", f"{peak / 1e6:.0f} MB")
     return made
 
 
@@ -143,7 +149,7 @@ def main() -> None:
     told = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     works: dict[str, Callable[[], dict[str, Any]]] = {
         "cost": lambda: cost(LARGE, Images(2, asked.images // 2), asked.rounds),
-        "peak_bytes": lambda: peaks(SMALL, asked.batches),
+        "peak_bytes": lambda: apart(sorted(asked.batches)),
     }
     for name in asked.only or works:
         told[name] = works[name]()

@@ -115,11 +115,13 @@ class RowSample:
 
     def rows(self) -> tuple[Array, Array]:
         """The sampled x and y by rank: views of what the sample holds, until more is offered."""
-        order = np.argsort(self._ranks, kind="stable")
-        x, y = self._x[: len(order)], self._y[: len(order)]
-        _reorder(x, order)
-        _reorder(y, order)
-        self._ranks = self._ranks[order]
+        count = len(self._ranks)
+        x, y = self._x[:count], self._y[:count]
+        if not (self._ranks[:-1] <= self._ranks[1:]).all():
+            order = np.argsort(self._ranks, kind="stable")
+            _reorder(x, order)
+            _reorder(y, order)
+            self._ranks = self._ranks[order]
         return x, y
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:

@@ -117,11 +117,12 @@ def joined() -> Iterator[Ranks]:
     if ranks.number:
         logging.getLogger("dyt_compile").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, ranks.ended)
+    before = signal.signal(signal.SIGTERM, ranks.ended)
     try:
         with among(ranks):
             yield ranks
         ranks.leave()
+        signal.signal(signal.SIGTERM, before)
     except Exception as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, since this process ends by now
         if not _is_first_to_tell(store):
@@ -210,9 +211,8 @@ class _TorchRanks(Ranks):
         with self.meeting():
             # A model may hold parameters that the output measured does not depend on.
             return DistributedDataParallel(
-                module, broadcast_buffers=False, find_unused_parameters=True,
-                gradient_as_bucket_view=True,
-            )  # fmt: skip
+                module, find_unused_parameters=True, gradient_as_bucket_view=True
+            )
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
@@ -241,6 +241,7 @@ class _TorchRanks(Ranks):
 
 def _met(timeout_s: float) -> tuple[_TorchRanks, Any]:
     """This process's place, and what all of them can read and write even when some are gone."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come from every rank
     import torch
 
     distributed = _distributed()

@@ -59,7 +59,7 @@ def batches():
         yield (torch.randn(size, 3, 8, generator=generator) * lengths,)
 """
 
-LAST_S = 200
+LAST_S = 280
 
 
 @pytest.fixture(scope="module")
