@@ -67,21 +67,23 @@ def _behind(graph: ir.Graph, output: ir.Value, added: ir.Node) -> ir.Value:
     result.shape, result.type = output.shape, output.type
     added.metadata_props.update(producer.metadata_props)
     graph.insert_after(producer, added)
-    for use in list(output.uses()):
-        if use.node is not added:
-            use.node.replace_input_with(use.idx, result)
-    return _renamed(output, result)
+    return _instead(output, result)
 
 
 def _instead(output: ir.Value, other: ir.Value) -> ir.Value:
-    output.replace_all_uses_with(other)
+    """Let the readers of a value, and the model where it is an output, read another one."""
+    for use in list(output.uses()):
+        if use.node is not other.producer():
+            use.node.replace_input_with(use.idx, other)
     return _renamed(output, other)
 
 
 def _renamed(output: ir.Value, other: ir.Value) -> ir.Value:
-    """An output of the model keeps its name."""
+    """An output of the model keeps its name; so do its inputs, weights and other outputs."""
     if not output.is_graph_output():
         return other
+    if other.is_graph_input() or other.is_initializer() or other.is_graph_output():
+        other = _copied(output, other)
     name = output.name
     output.name, other.name = f"{name}_unfolded", name
     outputs = output.graph.outputs if output.graph is not None else []
@@ -89,3 +91,15 @@ def _renamed(output: ir.Value, other: ir.Value) -> ir.Value:
         if value is output:
             outputs[place] = other
     return other
+
+
+def _copied(output: ir.Value, other: ir.Value) -> ir.Value:
+    """A value of its own that is the same as another one, where `output` is made."""
+    producer = output.producer()
+    if producer is None or not isinstance(producer.graph, ir.Graph):
+        raise RewriteError(f"{output.name!r} has no node that makes it")
+    copy = ir.node("Identity", [other], name=f"{output.name}_copy")
+    copy.outputs[0].shape, copy.outputs[0].type = output.shape, output.type
+    copy.metadata_props.update(producer.metadata_props)
+    producer.graph.insert_after(producer, copy)
+    return copy.outputs[0]

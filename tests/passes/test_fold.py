@@ -473,6 +473,32 @@ def test_any_chain_of_scales_and_shifts_goes_whole(steps: str) -> None:
     assert (len(result.folded), result.left) == (len(steps), ())
 
 
+class ScaledLogits(nn.Module):
+    """A head whose logits are scaled last, as Cohere's are: what folds is the model's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(C, C), nn.Linear(C, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.relu(self.first(x))) * 0.0625
+        return logits
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_scale_of_the_output_goes_and_the_output_keeps_its_name(
+    route: str, tmp_path: Path
+) -> None:
+    x = torch.randn(3, T, C)
+    model = ScaledLogits().eval()
+    made, outputs = folded(model, x, route, tmp_path)
+    assert difference(outputs, [model(x)]) < TOLERANCE
+    assert [fold.what for fold in made.folded] == ["scale"]
+    if route != "torch":
+        written = onnx.load(next(tmp_path.glob("*.onnx")))
+        assert list(made.graph.outputs) == [value.name for value in written.graph.output]
+
+
 def test_what_stays_says_why() -> None:
     result = dyt_compile.fold(Fixup(3).eval(), (torch.randn(IMAGE),))
     left = {entry.name: entry.reason for entry in result.left}
