@@ -1,14 +1,14 @@
 """Calibrating a model larger than memory: what the process holds at most, and how long it takes.
 
 A LLaMA of the shape of Llama 3.2 1B (1.24 billion weights, 2.5 GB in bfloat16, at random) in shards
-of safetensors, as a Hugging Face folder and, from torch's exporter, as an .onnx file with external
-data. Every run is a process of its own, `dyt-compile calibrate`; its peak is VmHWM of
-/proc/self/status, mapped pages of files among it, and `imports` what it held before: torch,
-transformers and what a calibration of a tiny model loads besides. With a limit the process runs
-under RLIMIT_AS: what the imports mapped without holding it, and the memory that was promised.
+of safetensors, as a Hugging Face folder. Every run is a process of its own, `dyt-compile
+calibrate`; its peak is VmHWM of /proc/self/status, mapped pages of files among it, and
+`import_bytes` what it held before: torch, transformers and what a calibration of a tiny model loads
+besides. With a limit the process runs under RLIMIT_AS: what the imports mapped without holding it,
+and the memory that was promised.
 
 Usage: python -m benchmarks.memory [--samples 128] [--tokens 128] [--folder FOLDER] [NAME ...];
-what it measures replaces the same runs in benchmarks/results/memory.json. It takes 5 GB in FOLDER
+what it measures replaces the same runs in benchmarks/results/memory.json. It takes 3 GB in FOLDER
 (by default a temporary one), and hours for all runs with the default data on two cores.
 """
 
@@ -40,16 +40,16 @@ SHARD_BYTES = 400_000_000
 
 @dataclass(frozen=True)
 class Run:
-    """A calibration: of the folder or the .onnx file, with further options.
+    """A calibration with further options.
 
-    memory: what is promised; limited: under a hard limit of address space.
+    memory: what is promised; limited: under a hard limit of address space; whole: with all weights
+    in memory.
     """
 
     options: tuple[str, ...] = ()
     memory: str | None = None
     limited: bool = False
     whole: bool = False
-    onnx: bool = False
 
 
 RUNS = {
@@ -59,7 +59,6 @@ RUNS = {
     "auto, promised": Run(memory="1.6GB", limited=True),
     "auto, refused": Run(memory="1GB", limited=True),
     "diagonal, promised": Run(("--fit", "diagonal"), memory="1.24GB", limited=True),
-    "onnx, diagonal": Run(("--fit", "diagonal"), onnx=True),
 }
 
 
@@ -147,7 +146,7 @@ def measured(run: Run, folder: Path, samples: int) -> dict[str, Any]:
     from dyt_compile.memory import parse_bytes
 
     limit = str(parse_bytes(run.memory)) if run.limited and run.memory else "-"
-    model = folder / ("llama.onnx" if run.onnx else "llama")
+    model = folder / "llama"
     command = [
         sys.executable, "-m", "benchmarks.memory", "one", "whole" if run.whole else "lazy", limit,
         "calibrate", str(model), "-o", str(folder / "fits.safetensors"), "--data",
