@@ -54,9 +54,9 @@ def open_folder(path: Path) -> tuple[torch.nn.Module, Weights | None]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    _check_names(path)
     if importlib.util.find_spec("transformers") is None:
         raise MissingDependencyError("transformers", "huggingface")
-    _check_names(path)
     try:
         yield
     except Exception as error:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.faults.kills import placed
-from benchmarks.faults.subjects import prepare
+from benchmarks.faults.subjects import CASES, prepare
 from benchmarks.faults.table import PAGE, lost, render
 from dyt_compile.errors import (
     CaptureError,
@@ -28,6 +28,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
 
 measured = pytest.mark.skipif(not RESULTS.exists(), reason="benchmarks.faults has not been run")
 
+KILLS = 12
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults are caused as Linux does")
 
 
@@ -38,7 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(
         [
             sys.executable, "-m", "benchmarks.faults", "kills", "pairs", "input", "packages",
-            "--only", "weights copied$", "--kills", "12", "--rounds", "2", "-o", str(path),
+            "--only", "weights copied$", "--kills", str(KILLS), "--rounds", "2", "-o", str(path),
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -52,9 +54,11 @@ def test_nothing_is_lost(found: dict[str, Any]) -> None:
 
 
 def test_commands_are_killed_as_often_as_told(found: dict[str, Any]) -> None:
+    shares = {case.name: case.share for case in CASES}
     assert len(found["kills"]) == 3
-    for tally in found["kills"].values():
-        assert sum(tally["killed"].values()) >= 10
+    for name, tally in found["kills"].items():
+        # Some steps may be struck once for two tries, where there are few.
+        assert sum(tally["killed"].values()) >= round(KILLS * shares[name]) - 2
         assert sum(tally["found"].values()) == sum(tally["killed"].values())
 
 

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             error = MemoryExhaustedError(exhausted)
         # Errors of the command line know best how to tell what is missing.
         message = error.format_message() if hasattr(error, "format_message") else str(error)
+        message = message or "a command is missing; --help tells which there are"
         sys.stderr.write(f"{type(error).__name__}: {printable(' '.join(message.split()))}\n")
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

@@ -182,8 +182,13 @@ class OnnxGraph:
         return sorted(needed, key=self._order.__getitem__)
 
     def constant(self, value: Value) -> Array | None:
-        """A constant's value: from the file, or computed from what the file holds."""
+        """A constant's value: from the file, or computed from what the file holds.
+
+        None for one that is no numbers.
+        """
         array = held(value.native)
+        if array is None and value.native.producer() is None:
+            return None
         if array is None:
             (array,) = self.segment([], [value])([])
         return np.asarray(array)

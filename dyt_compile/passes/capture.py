@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..batches import as_arguments
-from ..errors import CaptureError, DataError, OptionError, first_line
+from ..errors import CaptureError, DataError, DytCompileError, OptionError, first_line
 from ..graphs.base import Graph
 from ..huggingface import example_inputs, is_folder, load_folder, open_folder
 from ..programs import check_program
@@ -102,7 +102,8 @@ def _from_file(path: Path, provider: str, *, trust: bool) -> Graph:
 
         return OnnxGraph.from_file(path, provider)
     if path.suffix == ".pt2":
-        return _from_program(_opened(path, trust=trust), path.stem)
+        with _opening(path):
+            return _from_program(_opened(path, trust=trust), path.stem)
     raise OptionError(
         f"model file {str(path)!r} ends in {path.suffix!r}; allowed: .onnx, .pt2, "
         "or a folder with a config.json"
@@ -121,14 +122,21 @@ def _opened(path: Path, *, trust: bool) -> torch.export.ExportedProgram:
         if not trust:
             check_program(path)
         return torch.export.load(path)
-    except CaptureError:
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """While a foreign program is read: whatever fails then, it is the file that is no program."""
+    try:
+        yield
+    except DytCompileError:
         raise
     except Exception as error:
         raise CaptureError(
             f"{str(path)!r} is no program of torch.export.save: {first_line(error)}"
         ) from error
-    finally:
-        logger.setLevel(level)
 
 
 def _from_meta(

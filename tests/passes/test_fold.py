@@ -486,9 +486,7 @@ class ScaledLogits(nn.Module):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_scale_of_the_output_goes_and_the_output_keeps_its_name(
-    route: str, tmp_path: Path
-) -> None:
+def test_scale_of_the_output_goes_and_the_output_keeps_its_name(route: str, tmp_path: Path) -> None:
     x = torch.randn(3, T, C)
     model = ScaledLogits().eval()
     made, outputs = folded(model, x, route, tmp_path)
