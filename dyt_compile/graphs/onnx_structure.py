@@ -207,7 +207,9 @@ class _Digests:
 
     def _of_attribute(self, attribute: ir.Attr) -> Digest:
         value: object = attribute.value
-        if attribute.type is ir.AttributeType.TENSOR:
+        if attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
+            value = np.asarray(value, np.float32).tolist()  # as a file holds it: no 1e-5 is one
+        elif attribute.type is ir.AttributeType.TENSOR:
             tensor = attribute.as_tensor()
             value = (tensor.dtype.name, tuple(tensor.shape.numpy()), _of_bytes(tensor))
         elif attribute.type is ir.AttributeType.GRAPH:

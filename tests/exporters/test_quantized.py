@@ -141,6 +141,19 @@ def test_every_product_behind_a_dyt_runs_as_integers(trained: nn.Module, tmp_pat
     assert found["QuantizeLinear"] == PRODUCTS
 
 
+def test_file_with_a_norm_that_stays_is_the_quantised_model(tmp_path: Path) -> None:
+    """Its eps is no number of 32 bits: in memory it is 1e-5, in the file what is next to that."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, TOKENS, WIDTH),) for _ in range(2)]
+    result = dyt_compile.convert(
+        Network().eval(), batches, mode="all", exclude="^norm$", quantize="int8"
+    )
+    written = export_onnx(result, tmp_path / "model.onnx")
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert (kinds["LayerNormalization"], kinds["QuantizeLinear"]) == (1, PRODUCTS - 1)
+    assert written.structure is not None
+
+
 def openvino_model(path: Path) -> Any:
     openvino = pytest.importorskip("openvino")
     options = {"INFERENCE_PRECISION_HINT": "f32"}
