@@ -13,9 +13,9 @@ import onnx_ir as ir
 
 import dyt_compile
 from dyt_compile.graphs.onnx import OnnxGraph
-from dyt_compile.graphs.onnx_checks import check
 from dyt_compile.graphs.onnx_files import settle
 from dyt_compile.graphs.onnx_prepare import prepare
+from dyt_compile.graphs.onnx_validity import check
 from dyt_compile.passes.match import match
 
 __all__ = ["PEERS", "Peer", "match_ours", "match_theirs", "norms"]

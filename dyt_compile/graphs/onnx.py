@@ -23,7 +23,6 @@ from ..sites import NormSite
 from ..terms import Alias, Op, Said, Term, Value, speak
 from . import onnx_functions
 from .base import Batch, Edit, Load, Stored, numpy_dtype
-from .onnx_checks import check, reading
 from .onnx_constants import held, is_parameter, scalar, stored
 from .onnx_derived import kept
 from .onnx_edits import make_edits
@@ -34,6 +33,7 @@ from .onnx_prepare import OLDEST_OPSET, prepare, restore
 from .onnx_quantize import Format, Product, write_products
 from .onnx_scopes import SCOPES, Scopes
 from .onnx_terms import say
+from .onnx_validity import check, reading
 
 __all__ = ["OnnxGraph", "read_by"]
 
