@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from .data import attention_mask
 from .graphs.base import Batch
 from .graphs.fx import FxGraph
-from .graphs.fx_training import dyt_paths, learned, watching
+from .graphs.fx_training import Weight, dyt_paths, learned, learning, parted, watching
 from .losses import LOSSES, WEIGHTS, positions, relative
 from .terms import Value
 
@@ -83,7 +82,7 @@ class Teacher:
     def __init__(self, lesson: Lesson) -> None:
         self._graph = lesson.original
         self._metric = lesson.metric
-        self._run = watching(lesson.original, [value for value, _ in lesson.places], cut=False)
+        self._run = watching(lesson.original, [value for value, _ in lesson.places])
         self._kept: dict[int, list[Tensor]] = {}
         self._left_bytes = KEPT_BYTES
 
@@ -111,32 +110,38 @@ class Teacher:
 
 
 class Learner(torch.nn.Module):
-    """The converted model over float32 masters of its weights, which tells how far off it is.
+    """The converted model over weights that are learned, which tells how far off it is.
 
-    In parts that learn by themselves (cut), and as a whole. bfloat16: as in `watching`.
+    As a whole, or (cut) in parts that learn by themselves. bfloat16: as in `learning`. sharded: in
+    parts that the ranks can gather one by one.
     """
 
-    def __init__(self, lesson: Lesson, masters: Mapping[str, Tensor], *, bfloat16: bool) -> None:
+    def __init__(
+        self,
+        lesson: Lesson,
+        weights: Mapping[str, Weight],
+        *,
+        bfloat16: bool = False,
+        sharded: bool = False,
+    ) -> None:
         super().__init__()
-        self.distinct = torch.nn.ParameterList({id(m): m for m in masters.values()}.values())
-        self._masters = dict(masters)
-        self._dtypes = {path: tensor.dtype for path, tensor in lesson.trained().items()}
         self._metric = lesson.metric
         self._inputs = list(lesson.converted.inputs)
         places = [value for _, value in lesson.places]
-        self.students = {
-            cut: watching(lesson.converted, places, cut=cut, bfloat16=bfloat16)
-            for cut in (True, False)
-        }
+        student = learning(lesson.converted, places, weights, bfloat16=bfloat16)
+        chain, parts = parted(student) if sharded else (student, [])
+        self.parts = torch.nn.ModuleList(parts)
+        own = {id(module) for module in self.parts.modules()}
+        rest = {id(weight): weight for weight in weights.values() if id(weight) not in own}
+        self.rest = torch.nn.ModuleList(rest.values())
+        self.student = chain.forward  # no module of this one: what does not learn stays where it is
 
     def forward(self, material: Material, shares: Tensor, cut: bool) -> Tensor:
         """The error at the output and the mean error at the sites, a scalar.
 
         shares: [places], what each loss counts of that of all ranks.
         """
-        weights = {path: m.to(self._dtypes[path]) for path, m in self._masters.items()}
-        given = tuple(material.batch[name] for name in self._inputs)
-        *made, g = functional_call(self.students[cut], weights, given, tie_weights=False)
+        *made, g = self.student(*(material.batch[name] for name in self._inputs), cut)
         *taught, f = material.taught
         loss = LOSSES[self._metric](f, g, material.mask) * shares[-1]
         if made:

@@ -75,12 +75,17 @@ class Ranks:
         """Which part of the sum over all ranks each number is; of nothing an equal one."""
         return own.new_ones(own.shape)
 
-    def averaging(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The module with gradients that are means over the ranks; they start from equal values."""
+    def adding(
+        self, module: torch.nn.Module, parts: Iterable[torch.nn.Module] | None = None
+    ) -> torch.nn.Module:
+        """The module with gradients that are sums over the ranks; they start from equal values.
+
+        parts: each rank holds a share of the weights, and gathers those of one part at a time.
+        """
         return module
 
     def meeting(self) -> AbstractContextManager[None]:
-        """Around what talks to other ranks by itself, such as the gradients of `averaging`."""
+        """Around what talks to other ranks by itself, such as the gradients of `adding`."""
         return nullcontext()
 
 
@@ -204,15 +209,24 @@ class _TorchRanks(Ranks):
             _distributed().all_reduce(total)
         return own.div(total).nan_to_num(nan=1 / self.size)
 
-    def averaging(self, module: torch.nn.Module) -> torch.nn.Module:
-        """DistributedDataParallel."""
+    def adding(
+        self, module: torch.nn.Module, parts: Iterable[torch.nn.Module] | None = None
+    ) -> torch.nn.Module:
+        """DistributedDataParallel, which by itself would divide the sums by the ranks, or FSDP2."""
         from torch.nn.parallel import DistributedDataParallel
 
+        from .shards import sharded
+
+        if parts is not None:
+            with self.meeting():
+                return sharded(module, parts, self.size)
         with self.meeting():
             # A model may hold parameters that the output measured does not depend on.
-            return DistributedDataParallel(
+            parallel = DistributedDataParallel(
                 module, find_unused_parameters=True, gradient_as_bucket_view=True
             )
+        parallel.register_comm_hook(None, lambda _, bucket: _added(bucket.buffer()))
+        return parallel
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
@@ -281,6 +295,13 @@ def _is_first_to_tell(store: Any) -> bool:
         return int(store.add(TOLD, 1)) == 1
     except RuntimeError:
         return True
+
+
+def _added(tensor: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+    """The sum over all ranks, in its place, once it is there."""
+    future: Any = _distributed().all_reduce(tensor, async_op=True).get_future()
+    added: torch.futures.Future[torch.Tensor] = future.then(lambda done: done.value()[0])
+    return added
 
 
 def _bytes(array: Array) -> torch.Tensor:

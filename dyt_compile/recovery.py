@@ -65,6 +65,7 @@ def recover(
     staged: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    sharded: bool = False,
 ) -> Conversion:
     """Train the converted model to agree with the original, on inputs without labels.
 
@@ -77,7 +78,8 @@ def recover(
     anew, a few at a time, those first whose error alone is small (where the plan measured none,
     that of their fit), and train in between; their fits are those on the original's activations.
     checkpoint: a safetensors file, written as the run goes on; a run that was killed goes on from
-    it when it is called again with the same arguments.
+    it when it is called again with the same arguments. sharded: among several ranks, each holds a
+    part of what is learned (FSDP2) rather than all of it (DistributedDataParallel).
 
     Returns a conversion with a model of its own, folded if `result` is: gamma and beta learn as
     parameters of their own, and are folded at the end. `result` and the original stay as they are.
@@ -113,6 +115,7 @@ def recover(
             Limit(float(minutes), steps),
             seed=seed,
             checkpoint=None if checkpoint is None else Path(checkpoint),
+            sharded=sharded,
         )
         graph: Graph = recovered.graph
         if staged and held_out.measure(result.graph).error < recovered.curve[-1][1]:

@@ -17,7 +17,17 @@ ROOT = Path(dyt_compile.__file__).parent
 
 LAYERS = (
     # what knows of nothing but itself: formulas, words, files
-    ("archives", "errors", "dyt", "progress", "clock", "requirements", "tracing", "ranks"),
+    (
+        "archives",
+        "errors",
+        "dyt",
+        "progress",
+        "clock",
+        "requirements",
+        "tracing",
+        "ranks",
+        "shards",
+    ),
     ("inductor",),
     (
         "terms",
@@ -72,6 +82,7 @@ TORCH_AT_THE_TOP = {
     "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_memory", "graphs.fx_regions",
     "graphs.fx_terms",
     "graphs.fx_training", "graphs.fx_weights", "lessons", "losses", "checkpoints", "passes.recover",
+    "shards",
     "tracing", "training",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt_worker", "exporters.plugin.ahead_of_time", "runtime"}

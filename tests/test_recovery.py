@@ -21,7 +21,7 @@ from dyt_compile import Conversion, losses
 from dyt_compile.compiler import convert
 from dyt_compile.data import whole
 from dyt_compile.errors import CalibrationError, DataError, OptionError
-from dyt_compile.lessons import Lesson, Share, Teacher
+from dyt_compile.lessons import Learner, Lesson, Share, Teacher
 from dyt_compile.metrics import METRICS, Tally
 from dyt_compile.passes import recover as recover_pass
 from dyt_compile.passes.calibrate import calibrate
@@ -351,7 +351,7 @@ def test_products_are_computed_in_bfloat16_where_the_loss_stays_the_same(
 
     def results() -> list[Tensor]:
         run = recover_pass._Run(lesson, teacher, recover_pass._Progress(), 0, share)
-        return [value.detach() for value in run._learner.students[False](tokens)]
+        return [value.detach() for value in run._learner.student(tokens, False)]
 
     exact = converted.model(tokens).detach()
     *_, rounded = results()
@@ -359,6 +359,34 @@ def test_products_are_computed_in_bfloat16_where_the_loss_stays_the_same(
     assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 0.02
     monkeypatch.setattr(recover_pass, "BFLOAT16_TOLERANCE", 0.0)
     assert torch.equal(results()[-1], exact)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("train", ["all", "dyt"])
+def test_learner_in_parts_has_the_loss_and_the_gradients_of_the_whole(
+    converted: Conversion, train: str, cut: bool
+) -> None:
+    lesson = _lesson_of(converted, train, "relative", converted.graph)
+    (tokens,) = _batches(1)[0]
+    material = Teacher(lesson).material(Share(lambda: {"tokens": tokens}))
+    shares = torch.ones_like(material.weights, dtype=torch.float32)
+    weights = recover_pass._weights(lesson.trained())
+
+    def learned(learner: Learner) -> tuple[Tensor, list[Tensor | None]]:
+        loss = learner(material, shares, cut)
+        masters = [weight.master for weight in weights.values()]
+        return loss, list(torch.autograd.grad(loss, masters, allow_unused=True))
+
+    learner = Learner(lesson, weights, sharded=True)
+    expected, found = learned(Learner(lesson, weights)), learned(learner)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(gradient is not None for gradient in found[1])
+    held = [{id(p) for p in part.parameters()} for part in learner.parts]
+    assert len(held) == len(converted.match.sites)
+    assert not any(a & b for place, a in enumerate(held) for b in held[place + 1 :])
+    shared = {id(p) for p in learner.parameters()}.difference(*held)
+    assert shared == {id(w.master) for w in weights.values() if w.master.shape == (CLASSES, WIDTH)}
 
 
 @pytest.mark.core
@@ -376,14 +404,13 @@ def test_products_are_computed_in_bfloat16_where_the_loss_stays_the_same(
 def test_rate_is_relative_to_size_and_falls_with_width(
     path: str, shape: tuple[int, ...], rate: float
 ) -> None:
-    group = recover_pass._group(path, torch.full(shape, 3.0))
-    assert group["lr"] == pytest.approx(3 * rate)
+    assert recover_pass._rate(path, torch.full(shape, 3.0)) == pytest.approx(3 * rate)
 
 
 @pytest.mark.core
 def test_parameter_that_begins_at_zero_learns() -> None:
-    assert recover_pass._group("norm.beta", torch.zeros(4))["lr"] == pytest.approx(0.003)
-    assert recover_pass._group("head.bias", torch.zeros(4))["lr"] == pytest.approx(0.0002)
+    assert recover_pass._rate("norm.beta", torch.zeros(4)) == pytest.approx(0.003)
+    assert recover_pass._rate("head.bias", torch.zeros(4)) == pytest.approx(0.0002)
 
 
 @pytest.mark.core

@@ -59,6 +59,10 @@ def recover(
         Path | None,
         typer.Option(help="Goes on from it; default: OUT.checkpoint, removed at the end."),
     ] = None,
+    sharded: Annotated[
+        bool,
+        typer.Option("--sharded", help="Under torchrun: each process holds a part of the weights."),
+    ] = False,
     report: Reports = None,
     trust: Trust = False,
     verbose: Verbose = False,
@@ -102,6 +106,7 @@ def recover(
             staged=staged,
             checkpoint=kept,
             seed=seed,
+            sharded=sharded,
         )
         passing = kept if checkpoint is None else None
         current().first(partial(_write, result, out, report or (), passing))

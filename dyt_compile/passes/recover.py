@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,12 @@ from torch import Tensor
 from ..checkpoints import load_checkpoint, save_checkpoint
 from ..errors import OptionError
 from ..graphs.fx import FxGraph
+from ..graphs.fx_training import Weight
 from ..lessons import Learner, Lesson, Share, Teacher
 from ..metrics import Measurement
 from ..progress import track
-from ..ranks import current
+from ..ranks import ALONE, current
+from ..shards import like, whole
 
 __all__ = ["Course", "Limit", "Recovered", "recover"]
 
@@ -105,13 +106,15 @@ def recover(
     *,
     seed: int,
     checkpoint: Path | None = None,
+    sharded: bool = False,
 ) -> Recovered:
     """Train copies of the converted graph's weights; the given graphs stay as they are.
 
     shares: this rank's of the batches to learn from; measure: the held-out error, by which the
     weights that a stage ends with are chosen, those that came in among them. checkpoint: written by
     the first rank at every evaluation; a run goes on from it where it exists. With a limit in steps
-    the result depends on nothing but the arguments; on the number of ranks up to rounding.
+    the result depends on nothing but the arguments; on the number of ranks up to rounding. sharded:
+    each rank holds a part of what is learned.
 
     Raises OptionError where there is nothing to train, CalibrationError for a checkpoint that is
     damaged or of another run.
@@ -127,7 +130,7 @@ def recover(
             graph = lesson.converted
         if number < len(progress.stages) - 1:
             continue  # it is over: the checkpoint has the weights of a later one
-        run = _Run(lesson, teacher, progress, seed, shares[0])
+        run = _Run(lesson, teacher, progress, seed, shares[0], sharded=sharded)
         if number < len(progress.stages):
             run.load(tensors)
         else:
@@ -136,7 +139,7 @@ def recover(
             if done is not None:
                 run.evaluate(measure, done)
                 if checkpoint is not None:
-                    current().first(partial(_save, checkpoint, name, progress, run))
+                    _save(checkpoint, name, progress, run)
                 if run.hopeless:
                     break
         graph = run.graph()
@@ -166,7 +169,7 @@ def _loaded(checkpoint: Path | None, run: str) -> tuple[_Progress, dict[str, Ten
 
 def _save(checkpoint: Path, name: str, progress: _Progress, run: _Run) -> None:
     tensors = run.tensors()  # which tells progress the scale, too
-    save_checkpoint(checkpoint, name, progress.held(), tensors)
+    current().first(lambda: save_checkpoint(checkpoint, name, progress.held(), tensors))
 
 
 @dataclass
@@ -214,7 +217,14 @@ class _Run:
     """A stage's weights on their way: float32 masters, their optimizer, and the best ones."""
 
     def __init__(
-        self, lesson: Lesson, teacher: Teacher, progress: _Progress, seed: int, share: Share
+        self,
+        lesson: Lesson,
+        teacher: Teacher,
+        progress: _Progress,
+        seed: int,
+        share: Share,
+        *,
+        sharded: bool = False,
     ) -> None:
         self._lesson = lesson
         self._teacher = teacher
@@ -222,17 +232,25 @@ class _Run:
         self._seed = seed
         self._ranks = current()
         self._given = lesson.trained()
-        self._masters = _masters(self._given)
-        self._distinct = {id(m): (path, m) for path, m in reversed(self._masters.items())}
-        self._best = self._copied()
-        self._optimizer = torch.optim.AdamW(
-            [_group(path, m) for path, m in self._distinct.values()], weight_decay=0.0, fused=True
-        )
-        narrow = any(tensor.dtype is torch.float16 for tensor in self._given.values())
-        self._device = next(iter(self._masters.values())).device.type
-        self._scaler = torch.amp.GradScaler(self._device, enabled=narrow)
+        self._weights = _weights(self._given)
+        first = {id(weight): path for path, weight in reversed(self._weights.items())}
+        self._distinct = {path: self._weights[path] for path in first.values()}
+        rates = {path: _rate(path, weight.master) for path, weight in self._distinct.items()}
+        self._device = next(iter(self._given.values())).device.type
         bfloat16 = self._ranks.first(lambda: self._bfloat16_serves(share))
-        self._learner = self._ranks.averaging(Learner(lesson, self._masters, bfloat16=bfloat16))
+        learner = Learner(lesson, self._weights, bfloat16=bfloat16, sharded=sharded)
+        self._learner = self._ranks.adding(learner, learner.parts if sharded else None)
+        self._best = self._copied()
+        self._measured = {
+            path: torch.nn.Parameter(torch.empty_like(self._given[path])) for path in self._distinct
+        }
+        self._graph = lesson.converted.with_weights(
+            {path: self._measured[first[id(weight)]] for path, weight in self._weights.items()}
+        )
+        groups = [{"params": [self._distinct[p].master], "lr": rate} for p, rate in rates.items()]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        narrow = any(tensor.dtype is torch.float16 for tensor in self._given.values())
+        self._scaler = torch.amp.GradScaler(self._device, enabled=narrow)
 
     @property
     def hopeless(self) -> bool:
@@ -272,9 +290,10 @@ class _Run:
             yield progress.began + width * tick / ticks if time_is_up else None
 
     def _share(self, limit: Limit) -> float:
-        """How much of the run is over, by the first rank's clock."""
+        """How much of the run is over; where time tells, by the first rank's clock."""
         progress = self._progress
-        return self._ranks.first(lambda: limit.share(progress.elapsed(), progress.steps))
+        ranks = self._ranks if limit.steps is None else ALONE
+        return ranks.first(lambda: limit.share(progress.elapsed(), progress.steps))
 
     def _order(self, batches: int) -> Iterator[int]:
         """Numbers of batches without end, from where the run is; each epoch has its own order."""
@@ -297,31 +316,31 @@ class _Run:
         shares = self._ranks.shares(material.weights).float()
         with self._ranks.meeting():
             loss = self._learner(material, shares, cut=done < BLOCKWISE)
-            # Gradients are means over the ranks, and the loss of all is the sum of theirs.
-            self._scaler.scale(loss * self._ranks.size).backward()
+            self._scaler.scale(loss).backward()
         self._scaler.unscale_(self._optimizer)
-        torch.nn.utils.clip_grad_norm_([m for _, m in self._distinct.values()], CLIP)
+        torch.nn.utils.clip_grad_norm_(self._masters().values(), CLIP)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         progress.steps += 1
 
     def evaluate(self, measure: Measure, share: float) -> None:
         """Measure the weights as they would be returned, and keep them if they are the best."""
-        error = measure(self._graph(self._masters)).error
+        error = measure(self._with(self._masters())).error
         self._progress.curve.append((share, error))
         errors = self._progress.errors()
         if _best_place(errors) == len(errors) - 1:
             self._best = self._copied()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the stage needs to go on."""
-        tensors = {f"best/{name}": tensor for name, tensor in self._best.items()}
-        for name, master in self._distinct.values():
-            tensors[f"weight/{name}"] = master
+        """All that the stage needs to go on, on the first rank; {} on the others."""
+        held = {f"best/{path}": tensor for path, tensor in self._best.items()}
+        for path, master in self._masters().items():
+            held[f"weight/{path}"] = master
             state = self._optimizer.state.get(master, {})
-            tensors |= {f"{kind}/{name}": tensor for kind, tensor in state.items()}
+            held |= {f"{kind}/{path}": tensor for kind, tensor in state.items()}
         self._progress.scale = self._scaler.get_scale()
-        return tensors
+        every = ((name, whole(tensor)) for name, tensor in held.items())
+        return {name: tensor for name, tensor in every if not self._ranks.number}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `tensors` gave."""
@@ -329,20 +348,19 @@ class _Run:
             self._scaler.load_state_dict(
                 self._scaler.state_dict() | {"scale": self._progress.scale}
             )
-        for name, master in self._distinct.values():
+        masters = self._masters()
+        for path, master in masters.items():
             with torch.no_grad():
-                master.copy_(tensors.pop(f"weight/{name}"))
-            self._best[name].copy_(tensors.pop(f"best/{name}"))
-        masters = dict(self._distinct.values())
+                master.copy_(like(tensors.pop(f"weight/{path}"), master))
+            self._best[path].copy_(like(tensors.pop(f"best/{path}"), master))
         for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            own = tensor if kind == "step" else tensor.to(masters[name].device)
-            self._optimizer.state[masters[name]][kind] = own
+            kind, _, path = key.partition("/")
+            own = tensor if kind == "step" else like(tensor, masters[path])
+            self._optimizer.state[masters[path]][kind] = own
 
     def graph(self) -> FxGraph:
         """The best weights in a graph of their own."""
-        best = {path: self._best[self._distinct[id(m)][0]] for path, m in self._masters.items()}
-        return self._graph(best)
+        return self._with(self._best)
 
     def _bfloat16_serves(self, share: Share) -> bool:
         """Whether products can be computed in bfloat16: it is fast here, and the loss the same."""
@@ -353,24 +371,27 @@ class _Run:
         shares = torch.ones_like(material.weights, dtype=torch.float32)
         with torch.no_grad():
             exact, rounded = (
-                float(Learner(self._lesson, self._masters, bfloat16=b)(material, shares, cut=False))
+                float(Learner(self._lesson, self._weights, bfloat16=b)(material, shares, cut=False))
                 for b in (False, True)
             )
         return abs(rounded - exact) <= BFLOAT16_TOLERANCE * exact
 
-    def _graph(self, weights: Mapping[str, Tensor]) -> FxGraph:
-        """The converted graph with these weights, in the dtypes that it had; shared ones shared."""
-        made: dict[int, torch.nn.Parameter] = {}
-        for path, weight in weights.items():
-            if id(weight) not in made:
-                own = weight.detach().to(self._given[path].dtype, copy=True)
-                made[id(weight)] = torch.nn.Parameter(own)
-        return self._lesson.converted.with_weights(
-            {path: made[id(weight)] for path, weight in weights.items()}
-        )
+    def _with(self, masters: Mapping[str, Tensor]) -> FxGraph:
+        """The graph that is measured, and returned, with these weights in its dtypes.
+
+        The one graph: those of its kind end in cycles, which hold their weights until a collection.
+        """
+        with torch.no_grad():
+            for path, master in masters.items():
+                own = self._measured[path]
+                own.copy_(whole(master).reshape(own.shape))
+        return self._graph
+
+    def _masters(self) -> dict[str, torch.nn.Parameter]:
+        return {path: weight.master for path, weight in self._distinct.items()}
 
     def _copied(self) -> dict[str, Tensor]:
-        return {path: master.detach().clone() for path, master in self._distinct.values()}
+        return {path: master.detach().clone() for path, master in self._masters().items()}
 
 
 def _fast_in_bfloat16(device: str) -> bool:
@@ -391,25 +412,24 @@ def _fingerprint(lesson: Lesson, ends: Sequence[float], seed: int) -> str:
     return found.hexdigest()
 
 
-def _masters(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Float32 copies (float64 of float64) of the parameters; those that are one stay one."""
+def _weights(given: Mapping[str, torch.nn.Parameter]) -> dict[str, Weight]:
+    """What is learned of the parameters; those that are one stay one."""
     if not given:
         raise OptionError("the converted model has no parameter to train")
-    made: dict[int, Tensor] = {}
-    for tensor in given.values():
-        if id(tensor) not in made:
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            made[id(tensor)] = torch.nn.Parameter(tensor.detach().to(wide, copy=True))
-    return {path: made[id(tensor)] for path, tensor in given.items()}
+    made: dict[int, Weight] = {}
+    for parameter in given.values():
+        if id(parameter) not in made:
+            made[id(parameter)] = Weight(parameter)
+    return {path: made[id(parameter)] for path, parameter in given.items()}
 
 
-def _group(path: str, master: Tensor) -> dict[str, Any]:
-    """A parameter with its learning rate, relative to its root mean square."""
+def _rate(path: str, master: Tensor) -> float:
+    """The learning rate of a parameter, relative to its root mean square."""
     least = LEAST_SIZE.get(path.rpartition(".")[2], LEAST_SIZE[""])
     size = float(master.detach().square().mean().sqrt())
     width = max(master.shape[1:], default=1)
     rate = min(RATE, max(LEAST_RATE, RATE * (RATE_WIDTH / width) ** 2))
-    return {"params": [master], "lr": rate * max(size, least)}
+    return rate * max(size, least)
 
 
 def _cosine(share: float) -> float:

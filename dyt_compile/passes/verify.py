@@ -19,7 +19,7 @@ __all__ = ["Reference", "chosen_output"]
 
 
 class Reference:
-    """The original's output on some samples, kept to measure others against it."""
+    """Some samples and the original's output on them, kept to measure others against it."""
 
     def __init__(
         self, graph: Graph, samples: Part, shelf: Shelf, *, output: str | None, metric: Metric
@@ -28,13 +28,15 @@ class Reference:
         self._named = output is not None
         self._graph = graph
         self._ranks = current()
-        self._samples = dealt(graph, samples, self._ranks)
         self._metric = metric
+        own = dealt(graph, samples, self._ranks)
+        self._places = own.places
+        self._kept: list[tuple[dict[str, Kept], Kept]] = []
         run = graph.segment(list(graph.inputs.values()), [graph.outputs[self.output]])
-        self._kept: list[Kept] = []
-        for batch in track(self._samples, "running the original", self._samples.batches):
+        for batch in track(own, "running the original", own.batches):
             (result,) = run([batch[name] for name in graph.inputs])
-            self._kept.append(shelf.keep(result, graph.outputs[self.output]))
+            given = {name: shelf.keep(batch[name], like) for name, like in graph.inputs.items()}
+            self._kept.append((given, shelf.keep(result, graph.outputs[self.output])))
 
     def measure(self, converted: Graph) -> Measurement:
         """The error of a graph with the same inputs and outputs.
@@ -44,8 +46,8 @@ class Reference:
         tally = Tally(self._metric)
         value = converted.outputs[self._same_output(converted)]
         run = converted.segment(list(converted.inputs.values()), [value])
-        kept_batches = zip(self._samples, self._kept, self._samples.places, strict=True)
-        for batch, kept, places in kept_batches:
+        for (given, kept), places in zip(self._kept, self._places, strict=True):
+            batch = {name: value.load() for name, value in given.items()}
             (result,) = run(self._given(converted, batch))
             original = self._graph.to_array(kept.load())
             mask = attention_mask(batch, self._graph)
