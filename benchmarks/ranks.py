@@ -1,9 +1,10 @@
 """What two processes do in the time of one: `python -m benchmarks.ranks`.
 
-Starts itself under torchrun, with one thread a process. In each round the first process calibrates
-ViT-Ti (random weights) by itself, then both do so together, then each does it by itself at once:
-what the machine gives two that never speak. So with some steps of recovery, but for the last. Every
-second round in reverse. Start and capture do not count. Writes benchmarks/results/ranks.json.
+Starts itself under torchrun, with one thread a process. In each round the first process does a work
+by itself, then both do it together, then each does it by itself at once: what the machine gives two
+that never speak. Every second round in reverse. The works: a calibration of ViT-Ti (random
+weights), and steps of recovery, at two sizes of images and of alpha, gamma and beta alone. Start
+and capture do not count, nor do the images, which lie in memory. Writes benchmarks/results/ranks.json.
 """
 
 from __future__ import annotations
@@ -36,24 +37,37 @@ from .speed.pairs import interleaved, ratio
 RESULTS = Path(__file__).parent / "results/ranks.json"
 SIZE = 2
 
+Work = Callable[[], object]
 
-def works(images: Images, steps: int) -> dict[str, Callable[[], object]]:
-    """What is timed: a whole calibration on converted activations, and some steps of recovery."""
+
+def calibration(count: int) -> Work:
+    """A whole calibration on converted activations, with diagonal fits."""
     graph = captured(SMALL)
     found = match(graph)
     names = [site.name for site in found.sites]
-    samples = whole(graph, images)
-    few = Images(4, 16)  # 51 to learn from, 4 a step
-    converted = dyt_compile.convert(model(SMALL), few, mode="all", fit="diagonal")
+    samples = whole(graph, list(Images(count // 16, 16)))
+    return lambda: calibrate(graph, found, samples, convert=names, seed=0)
+
+
+def recovery(name: str, pixels: int, steps: int, train: str = "all") -> Work:
+    """Steps of recovery, of 4 images each; 51 images to learn from."""
+    images = list(Images(4, 16, (3, pixels, pixels)))
+    converted = dyt_compile.convert(model(name), images, mode="all", fit="diagonal")
+    return lambda: dyt_compile.recover(converted, images, steps=steps, train=train)
+
+
+def works(asked: argparse.Namespace) -> dict[str, Callable[[], Work]]:
+    """What is timed, by name; made when its turn comes."""
+    large = "vit_tiny_patch16_384"
     return {
-        "calibrate": lambda: calibrate(graph, found, samples, convert=names, seed=0),
-        "recover": lambda: dyt_compile.recover(converted, few, steps=steps),
+        "calibrate": lambda: calibration(asked.images),
+        "recover": lambda: recovery(SMALL, 224, asked.steps),
+        "recover, 384 pixels": lambda: recovery(large, 384, asked.steps // 2),
+        "recover --train dyt": lambda: recovery(SMALL, 224, asked.steps, "dyt"),
     }
 
 
-def measured(
-    work: Callable[[], object], rounds: int, ranks: Ranks, *, ceiling: bool
-) -> dict[str, Any]:
+def measured(work: Work, rounds: int, ranks: Ranks) -> dict[str, Any]:
     """Milliseconds of each round, and what they say of the throughputs."""
 
     def one() -> None:
@@ -72,12 +86,13 @@ def measured(
         ranks.gathered(None)
 
     load = os.getloadavg()[0]
-    runs = {"one": one, "two": together, **({"apart": apart} if ceiling else {})}
-    times = interleaved(runs, rounds, warm_ups=1)
-    found = {"two": asdict(ratio(times["one"], times["two"]))}
-    if ceiling:
-        found["apart"] = asdict(ratio([SIZE * t for t in times["one"]], times["apart"]))
-    return {**found, "times_ms": times, "load_before": load}
+    times = interleaved({"one": one, "two": together, "apart": apart}, rounds, warm_ups=1)
+    return {
+        "two": asdict(ratio(times["one"], times["two"])),
+        "apart": asdict(ratio([SIZE * t for t in times["one"]], times["apart"])),
+        "times_ms": times,
+        "load_before": load,
+    }
 
 
 def table(told: dict[str, Any]) -> Table:
@@ -86,8 +101,8 @@ def table(told: dict[str, Any]) -> Table:
     for name, found in told.items():
         one = statistics.median(found["times_ms"]["one"]) / 1000
         ratios = (
-            f"{each['median']:.2f} × ({each['low']:.2f} to {each['high']:.2f})" if each else ""
-            for each in (found["two"], found.get("apart"))
+            f"{each['median']:.2f} × ({each['low']:.2f} to {each['high']:.2f})"
+            for each in (found["two"], found["apart"])
         )
         made.add_row(name, f"{one:.1f}", *ratios, str(len(found["times_ms"]["one"])))
     return made
@@ -97,10 +112,9 @@ def rank(asked: argparse.Namespace) -> None:
     """What each process does."""
     torch.set_num_threads(1)
     with joined() as ranks:
-        images = Images(asked.images // 16, 16)
         told = {
-            name: measured(work, asked.rounds, ranks, ceiling=name == "calibrate")
-            for name, work in works(images, asked.steps).items()
+            name: measured(make(), asked.rounds, ranks)
+            for name, make in works(asked).items()
             if name in asked.only
         }
         ranks.first(lambda: tell(told))
@@ -118,10 +132,11 @@ def main() -> None:
     """Start the processes, or be one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
     parser.add_argument("--images", type=int, default=128, help="to calibrate on")
-    parser.add_argument("--steps", type=int, default=32, help="of recovery")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=["calibrate", "recover"])
+    parser.add_argument("--steps", type=int, default=48, help="of recovery, half at 384 pixels")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="WORK")
     asked = parser.parse_args()
+    asked.only = asked.only or list(works(asked))
     if "WORLD_SIZE" in os.environ:
         rank(asked)
         return

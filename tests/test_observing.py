@@ -54,7 +54,7 @@ def test_images_come_again_and_figures_are_told() -> None:
 
 
 def test_processes_that_do_not_share_have_the_throughput_of_one() -> None:
-    found = ranks_benchmark.measured(lambda: time.sleep(0.1), 3, ALONE, ceiling=True)
+    found = ranks_benchmark.measured(lambda: time.sleep(0.1), 3, ALONE)
     assert found["two"]["median"] == pytest.approx(1, rel=0.3)  # each does all of it
     assert found["apart"]["median"] == pytest.approx(2, rel=0.3)  # two of them do it twice
     assert ranks_benchmark.table({"calibrate": found}).row_count == 1
