@@ -4,7 +4,8 @@ Starts itself under torchrun, with one thread a process. In each round the first
 by itself, then both do it together, then each does it by itself at once: what the machine gives two
 that never speak. Every second round in reverse. The works: a calibration of ViT-Ti (random
 weights), and steps of recovery, at two sizes of images and of alpha, gamma and beta alone. Start
-and capture do not count, nor do the images, which lie in memory. Writes benchmarks/results/ranks.json.
+and capture do not count, nor do the images, which lie in memory. Writes
+benchmarks/results/ranks.json.
 """
 
 from __future__ import annotations
