@@ -56,7 +56,7 @@ RUNS = {
     "in memory": Run(whole=True),
     "diagonal": Run(("--fit", "diagonal")),
     "auto": Run(),
-    "auto, promised": Run(memory="1.6GB", limited=True),
+    "auto, promised": Run(memory="1.24GB", limited=True),
     "auto, refused": Run(memory="1GB", limited=True),
     "diagonal, promised": Run(("--fit", "diagonal"), memory="1.24GB", limited=True),
 }
