@@ -126,14 +126,22 @@ def one(arguments: Sequence[str]) -> None:
 
 
 def _warm_up() -> None:
-    """Load what every run of a torch model loads, so that it can be told apart."""
-    import torch
-    from transformers import LlamaForCausalLM  # noqa: F401
+    """Load what every run loads, so that it can be told apart: by one of a tiny model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     import dyt_compile
+    from dyt_compile.memory import resident_bytes
 
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 8))
-    dyt_compile.calibrate(model, [(torch.randn(16, 8),)] * 2)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=64, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="4KB")
+        words = [{"input_ids": np.arange(32).reshape(2, 16)}] * 2
+        memory = resident_bytes() + (1 << 30)
+        found = dyt_compile.calibrate(folder, words, memory=memory)
+        found.save(Path(folder) / "fits.safetensors")
 
 
 def _status(name: str) -> int:

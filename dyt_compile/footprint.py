@@ -26,7 +26,7 @@ from .errors import OptionError, RewriteError
 from .fits import BLOCK, CHUNK, ROWS
 from .graphs.base import Graph
 from .graphs.cuts import stages
-from .memory import resident_bytes, told_bytes
+from .memory import give_back, resident_bytes, told_bytes
 from .projections import Projection
 from .ranks import current
 from .ridge import ROWS_PER_CHANNEL, TRIED
@@ -39,7 +39,7 @@ Fitted = TypeVar("Fitted", SiteFit, Refit)
 
 __all__ = ["Demand", "Room", "Walked", "room_within"]
 
-SLACK_BYTES = 96 << 20
+SLACK_BYTES = 80 << 20
 """What allocators hold beyond what is asked of them, modules that are imported late, buffers of
 files. Measured by benchmarks/memory.py."""
 
@@ -117,6 +117,11 @@ class Room:
         if self.folder is None or fit.mix is None:
             return fit
         return replace(fit, mix=_StoredMix(fit.mix, self.folder))
+
+    def settle(self) -> None:
+        """Between two sites, where a bound is kept: let go of what the last one took."""
+        if self.folder is not None:
+            give_back()
 
 
 class _StoredMix(Mix):
@@ -227,6 +232,7 @@ def room_within(memory_bytes: int | None, walked: Walked, samples: Part) -> Room
     if memory_bytes is None:
         return Room(samples)
     most = max(map(len, samples.places))
+    give_back()
     try:
         beyond = current().gathered(walked.demand(samples, 1).beyond(memory_bytes))
         left = sorted(set().union(*beyond))

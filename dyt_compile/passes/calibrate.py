@@ -140,6 +140,7 @@ def calibrate(
             walk.apply(site, found if applied else None, stage, following)
             fits[site.name] = room.stored(fits[site.name])
             del found, sums  # their rows, before the next site's are gathered
+            room.settle()
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
     return Calibration(
         MappingProxyType(fits), fingerprint(graph, match), done, MappingProxyType(moved)
