@@ -16,7 +16,6 @@ from math import prod
 from pathlib import Path
 from typing import TypeVar
 
-import ml_dtypes  # noqa: F401 - NumPy knows bfloat16 by it
 import numpy as np
 import numpy.typing as npt
 
@@ -24,7 +23,7 @@ from .data import Part, cut, largest
 from .dyt import Mix, Refit
 from .errors import OptionError, RewriteError
 from .fits import BLOCK, CHUNK, ROWS
-from .graphs.base import Graph
+from .graphs.base import Graph, numpy_dtype
 from .graphs.cuts import stages
 from .memory import give_back, resident_bytes, told_bytes
 from .projections import Projection
@@ -37,7 +36,7 @@ from .terms import Value
 
 Fitted = TypeVar("Fitted", SiteFit, Refit)
 
-__all__ = ["Demand", "Room", "Walked", "room_within"]
+__all__ = ["Demand", "Room", "Walked", "diagonal_bytes", "full_bytes", "room_within"]
 
 SLACK_BYTES = 80 << 20
 """What allocators hold beyond what is asked of them, modules that are imported late, buffers of
@@ -198,19 +197,10 @@ class Walked:
         """At one site: what `fits` and `ridge` make, and the rows of a batch."""
         streamed = STREAMED * _elements(site.output, sizes)
         channels, full = prod(site.parameter_shape), site.name in self.full
-        solved = self._solved(channels) if full else 0
+        solved = full_bytes(channels, keep_sums=self.keep_sums) if full else 0
         again = any(other.tied_to == site.name for other in self._sites())
         sampled = _sample_bytes(site, full=full) * (2 if again else 1)
-        diagonal = (DIAGONAL * channels + WORKED * BLOCK) * ROWS
-        return streamed + sampled + max(diagonal, solved)
-
-    def _solved(self, channels: int) -> int:
-        """A full fit: float64 sums of squares and products, copies of them, a float32 matrix."""
-        if self.keep_sums:  # for three alphas; of one the squares are copied
-            matrices = (3 * 16 + 8 + 4) * channels**2
-        else:  # for some channels of y while the ridge is chosen, for all behind that
-            matrices = max(16 * channels + 12 * min(channels, TRIED), 20 * channels) * channels
-        return matrices + FULL * channels * CHUNK
+        return streamed + sampled + max(diagonal_bytes(channels), solved)
 
     def _kept(self, site: NormSite) -> int:
         channels, full = prod(site.parameter_shape), site.name in self.full
@@ -257,6 +247,20 @@ def room_within(memory_bytes: int | None, walked: Walked, samples: Part) -> Room
     )
 
 
+def diagonal_bytes(channels: int) -> int:
+    """Of a diagonal fit, beside its rows."""
+    return (DIAGONAL * channels + WORKED * BLOCK) * ROWS
+
+
+def full_bytes(channels: int, *, keep_sums: bool) -> int:
+    """Of a full fit, beside its rows: float64 sums and copies of them, a float32 matrix."""
+    if keep_sums:  # for three alphas; the squares of one are copied
+        matrices = (3 * 16 + 8 + 4) * channels
+    else:  # for some channels of y while the ridge is chosen, for all behind that
+        matrices = max(16 * channels + 12 * min(channels, TRIED), 20 * channels)
+    return (matrices + FULL * CHUNK) * channels
+
+
 def _refitting(layer: Projection, sizes: Mapping[Value, int]) -> int:
     """At a linear layer: what `refits` makes, and the rows of a batch."""
     read, put = (int(size or 0) for size in layer.shape)
@@ -280,4 +284,4 @@ def _elements(value: Value, sizes: Mapping[Value, int]) -> int:
 
 
 def _width(value: Value) -> int:
-    return np.dtype(value.dtype or "float32").itemsize
+    return numpy_dtype(value.dtype).itemsize
