@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from ..batches import as_arguments
 from ..dyt import DytParameters
 from ..errors import DataError, RewriteError
+from ..files import work_folder
 from ..isolation import try_out
 from ..runtime import PROVIDERS, Session, parse_provider
 from ..sites import NormSite
@@ -26,7 +28,7 @@ from .base import Batch, Edit, Load, Stored, numpy_dtype
 from .onnx_constants import held, is_parameter, scalar, stored
 from .onnx_derived import kept
 from .onnx_edits import make_edits
-from .onnx_files import load, settle
+from .onnx_files import externals, load, parse, settle, weights_as_inputs
 from .onnx_memory import most_bytes, sizes, weight_load
 from .onnx_precision import Names
 from .onnx_prepare import OLDEST_OPSET, prepare, restore
@@ -39,6 +41,9 @@ __all__ = ["OnnxGraph", "read_by"]
 
 Array = npt.NDArray[Any]
 Trial = Callable[[], None]
+
+TRIED_BYTES = 1 << 28
+"""Weights in other files up to which a file is tried out with them."""
 
 LARGEST_INPUT = 1 << 28
 """Elements of an input that is made up."""
@@ -80,7 +85,9 @@ class OnnxGraph:
             check(model)
             prepare(model)
             own = folder is not None  # a file that was just written
-            return cls(path.stem, model, provider, None if own else _trial(path, provider))
+            beside = sum(tensor.nbytes for tensor in externals(model))
+            trial = None if own else _trial(path, provider, whole=beside <= TRIED_BYTES)
+            return cls(path.stem, model, provider, trial)
 
     @classmethod
     def from_model(cls, name: str, model: ir.Model, provider: str = "cpu") -> OnnxGraph:
@@ -329,9 +336,24 @@ class OnnxSegment:
         return [known[value] for value in self._stop]
 
 
-def _trial(path: Path, provider: str) -> Trial:
-    """Loads a file where it can end no process but its own; once, if it goes well."""
-    return cache(lambda: try_out(path, PROVIDERS[parse_provider(provider)[0]]))
+def _trial(path: Path, provider: str, *, whole: bool) -> Trial:
+    """Loads a file where it can end no process but its own; once, if it goes well.
+
+    whole: with its weights, of which ONNX Runtime makes three times as much memory.
+    """
+
+    def load_apart() -> None:
+        providers = PROVIDERS[parse_provider(provider)[0]]
+        if whole:
+            try_out(path, providers)
+            return
+        with work_folder() as folder:
+            proto, _ = parse(path)
+            weights_as_inputs(proto)
+            onnx.save(proto, folder / path.name)
+            try_out(path, providers, folder / path.name)
+
+    return cache(load_apart)
 
 
 def _put(
