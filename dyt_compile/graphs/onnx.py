@@ -33,6 +33,7 @@ from .onnx_memory import most_bytes, sizes, weight_load
 from .onnx_precision import Names
 from .onnx_prepare import OLDEST_OPSET, prepare, restore
 from .onnx_quantize import Format, Product, write_products
+from .onnx_rows import lookup
 from .onnx_scopes import SCOPES, Scopes
 from .onnx_terms import say
 from .onnx_validity import check, reading
@@ -167,7 +168,8 @@ class OnnxGraph:
         for start, stop in cuts:
             nodes = self.between(start, stop)
             ends = [v.native for v in start], [v.native for v in stop]
-            most = most_bytes(nodes, *ends, size) + weight_load(nodes)
+            loaded = [node for node in nodes if lookup(node, ends[0]) is None]
+            most = most_bytes(nodes, *ends, size) + weight_load(loaded)
             found.append(Load(most, tuple(map(size, ends[1]))))
         return found
 
@@ -301,15 +303,19 @@ class OnnxSegment:
     ) -> None:
         self._passed = [value.native for value in start]
         self._stop = [value.native for value in stop]
+        apart = {node: found for node in nodes if (found := lookup(node, self._passed))}
+        self._lookups = list(apart.values())
+        nodes = [node for node in nodes if node not in apart]
+        looked_up = {found.output: None for found in self._lookups}
         made = {output for node in nodes for output in node.outputs}
         self._outputs = [value for value in dict.fromkeys(self._stop) if value in made]
         self._constants = {
             value: np.asarray(tensor.numpy())
             for value in self._stop
-            if value not in made and (tensor := stored(value)) is not None
+            if value not in {*made, *looked_up} and (tensor := stored(value)) is not None
         }
         read = {value for node in nodes for value in read_by(node)}
-        self._inputs = [value for value in self._passed if value in read]
+        self._inputs = [value for value in (*self._passed, *looked_up) if value in read]
         self._session: Session | None = None
         if nodes and self._outputs:
             initializers = [
@@ -330,6 +336,7 @@ class OnnxSegment:
         known: dict[ir.Value, Any] = {
             **self._constants, **dict(zip(self._passed, values, strict=True))
         }  # fmt: skip
+        known |= {found.output: found(known[found.places]) for found in self._lookups}
         if self._session is not None:
             results = self._session.run([known[value] for value in self._inputs])
             known.update(zip(self._outputs, results, strict=True))
