@@ -37,6 +37,8 @@ from .files.one import peak_bytes
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 WORDS, BLOCKS = 128256, 16
 SHARD_BYTES = 400_000_000
+ONNX_BATCH, ONNX_TOKENS = 2, 16
+"""What the exporter wrote the .onnx file for."""
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,18 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def measured(run: Run, folder: Path, samples: int) -> dict[str, Any]:
+def measured(run: Run, folder: Path, samples: int, tokens: int) -> dict[str, Any]:
     """What a run takes, in a process of its own."""
     from dyt_compile.memory import parse_bytes
 
     limit = str(parse_bytes(run.memory)) if run.limited and run.memory else "-"
     model = folder / "onnx/model.onnx" if run.onnx else folder / "llama"
+    write_data(folder / "words.npz", samples, tokens)
+    batch = ONNX_BATCH if run.onnx else min(samples, 8)
     command = [
         sys.executable, "-m", "benchmarks.memory", "one", "whole" if run.whole else "lazy", limit,
         "calibrate", str(model), "-o", str(folder / "fits.safetensors"), "--data",
-        str(folder / "words.npz"), "--batch-size", str(min(samples, 8)), *run.options,
+        str(folder / "words.npz"), "--batch-size", str(batch), *run.options,
         *(("--memory", run.memory) if run.memory else ()),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -208,11 +212,11 @@ def main() -> None:
         for onnx, kind, write in ((False, "llama", write_folder), (True, "onnx", write_onnx)):
             if not (folder / kind).exists() and any(run.onnx is onnx for run in chosen.values()):
                 write(folder / kind)
-        write_data(folder / "words.npz", given.samples, given.tokens)
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
         for name, run in chosen.items():
-            found = measured(run, folder, given.samples)
-            about = asdict(run) | {"samples": given.samples, "tokens": given.tokens}
+            tokens = ONNX_TOKENS if run.onnx else given.tokens
+            found = measured(run, folder, given.samples, tokens)
+            about = asdict(run) | {"samples": given.samples, "tokens": tokens}
             results["runs"][name] = about | found
             print(name, results["runs"][name])
             results["environment"] = environment()
