@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import sqrt
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - NumPy knows bfloat16 by it
 import numpy as np
 import numpy.typing as npt
 
@@ -13,11 +15,14 @@ from .dyt import SQUASHES, DytParameters, evaluate
 from .ranks import ALONE, Ranks
 
 __all__ = [
-    "NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "fit_diagonal", "inverse", "relative_error",
-    "typical", "unfit",
+    "BLOCK", "CHUNK", "NOT_FINITE", "ROWS", "Fit", "Keys", "RowSample", "blocks", "fit_diagonal",
+    "held_as", "inverse", "parts", "relative_error", "typical", "unfit", "widened",
 ]  # fmt: skip
 
 Array = npt.NDArray[np.float32]
+Rows = npt.NDArray[Any]
+"""[rows, channels] in float32, bfloat16 or float16: who computes widens some of it at a time."""
+
 Statistics = npt.NDArray[np.float64]
 Keys = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
@@ -44,8 +49,8 @@ over a sample leaves float32, nor alpha. Those of models end at 1e5."""
 SATURATED = 0.98
 """Beyond, the inverse of tanh says little: its slope is under 0.04."""
 
-BLOCK = 64
-"""Channels that are worked on at once."""
+BLOCK, CHUNK = 64, 256
+"""Channels, and rows, that are worked on at once; CHUNK is a multiple of HELD_OUT."""
 
 FINE = 11
 """Values of alpha between the neighbours of the best coarse one."""
@@ -64,17 +69,18 @@ class RowSample:
 
     A row's rank depends on its key and the seed alone, so that neither the batches nor their order
     have a part in the sample, and the sample of several streams is that of their samples. It holds
-    8 (C + 1) bytes a row for C channels, and is filled in place.
+    x and y in `dtype` and 8 bytes a row besides, and is filled in place.
     """
 
-    def __init__(self, seed: int, limit: int = ROWS) -> None:
+    def __init__(self, seed: int, limit: int = ROWS, dtype: npt.DTypeLike = np.float32) -> None:
+        """dtype: as of `held_as`, which loses nothing of what will be offered."""
         self._seed = seed
         self._limit = limit
         self._ranks = np.empty(0, np.uint64)
-        self._x, self._y = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
+        self._x, self._y = np.empty((0, 0), dtype), np.empty((0, 0), dtype)
         self.seen = 0
 
-    def add(self, x: Array, y: Array, keys: Keys | None = None) -> None:
+    def add(self, x: Rows, y: Rows, keys: Keys | None = None) -> None:
         """Offer rows: x and y of shape [rows, channels].
 
         keys: what each row is known by, [rows]; by default its place in the stream.
@@ -87,7 +93,8 @@ class RowSample:
     def united(self, *others: RowSample) -> RowSample:
         """The sample of this stream and others together: that of their rows in one stream."""
         limits = (sample._limit for sample in (self, *others))
-        union = RowSample(self._seed, min(limits))
+        dtypes = (sample._x.dtype for sample in (self, *others))
+        union = RowSample(self._seed, min(limits), held_as(*dtypes))
         for sample in (self, *others):
             union._offer(*sample.rows(), sample._ranks)
             union.seen += sample.seen
@@ -113,7 +120,7 @@ class RowSample:
             self._ranks = self._ranks[:0]
             self._x, self._y = self._x[:0].copy(), self._y[:0].copy()
 
-    def rows(self) -> tuple[Array, Array]:
+    def rows(self) -> tuple[Rows, Rows]:
         """The sampled x and y by rank: views of what the sample holds, until more is offered."""
         count = len(self._ranks)
         x, y = self._x[:count], self._y[:count]
@@ -125,23 +132,24 @@ class RowSample:
         return x, y
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What the sample holds, by name; `of_arrays` makes the sample again."""
-        x, y = self.rows()
+        """What the sample holds, by name, in float32; `of_arrays` makes the sample again."""
+        x, y = map(widened, self.rows())
         counts = np.array([self.seen, self._limit], np.int64)
         return {"counts": counts, "ranks": self._ranks, "x": x, "y": y}
 
     @classmethod
-    def of_arrays(cls, counts: npt.NDArray[np.int64], ranks: Keys, x: Array, y: Array) -> RowSample:
+    def of_arrays(cls, counts: npt.NDArray[np.int64], ranks: Keys, x: Rows, y: Rows) -> RowSample:
         """The sample that `arrays` told of; its seed is known no more, as only `add` needs it."""
         sample = cls(0, int(counts[1]))
         sample.seen = int(counts[0])
         sample._x, sample._y, sample._ranks = x, y, ranks
         return sample
 
-    def _offer(self, x: Array, y: Array, ranks: Keys) -> None:
+    def _offer(self, x: Rows, y: Rows, ranks: Keys) -> None:
         held = len(self._ranks)
         if not held:  # memory that is not written to yet takes none
-            self._x, self._y = (np.empty((self._limit, a.shape[1]), np.float32) for a in (x, y))
+            dtype = self._x.dtype
+            self._x, self._y = (np.empty((self._limit, a.shape[1]), dtype) for a in (x, y))
         chosen = _smallest(np.concatenate([self._ranks, ranks]), self._limit)
         kept, new = chosen[chosen < held], chosen[chosen >= held] - held
         free = np.setdiff1d(np.arange(len(chosen)), kept, assume_unique=True)
@@ -149,16 +157,34 @@ class RowSample:
         self._ranks[free], self._x[free], self._y[free] = ranks[new], x[new], y[new]
 
 
-def _reorder(array: Array, order: Places) -> None:
+def held_as(*dtypes: npt.DTypeLike) -> np.dtype[Any]:
+    """The dtype in which rows of some dtypes are held: of 16 bits where all are the same one."""
+    first, *others = (np.dtype(dtype) for dtype in dtypes)
+    narrow = first.itemsize == 2 and first.name in ("bfloat16", "float16")
+    return first if narrow and all(other == first for other in others) else np.dtype(np.float32)
+
+
+def widened(rows: Rows) -> Array:
+    """Rows in float32: themselves, or a copy in which they lose nothing."""
+    return rows.astype(np.float32, copy=False)
+
+
+def parts(*arrays: Rows) -> Iterator[tuple[Array, ...]]:
+    """Some rows of all after the others, in float32."""
+    for start in range(0, len(arrays[0]), CHUNK):
+        yield tuple(widened(array[start : start + CHUNK]) for array in arrays)
+
+
+def _reorder(array: Rows, order: Places) -> None:
     """Sort rows in place, some channels at a time: a whole copy would double what a fit takes."""
-    for own in _blocks(array):
+    for own in blocks(array):
         array[:, own] = array[order, own]
 
 
-def fit_diagonal(x: Array, y: Array, squash: str = "tanh", ranks: Ranks = ALONE) -> Fit | str:
+def fit_diagonal(x: Rows, y: Rows, squash: str = "tanh", ranks: Ranks = ALONE) -> Fit | str:
     """gamma * squash(alpha * x) + beta closest to y in squares, alpha one number for all channels.
 
-    x, y: float32 [rows, channels]. squash: "tanh", or "identity", where alpha is 1. For each alpha,
+    x, y: [rows, channels]. squash: "tanh", or "identity", where alpha is 1. For each alpha,
     gamma and beta are the regression of y on the squashed x, channel by channel. Returns the reason
     where there is nothing to fit. ranks: they share the search of alpha; x and y are the first's.
     """
@@ -169,7 +195,7 @@ def fit_diagonal(x: Array, y: Array, squash: str = "tanh", ranks: Ranks = ALONE)
     return ranks.first(lambda: _fitted(x, y, alpha, squash))
 
 
-def _searched(x: Array, y: Array) -> tuple[Array, Array, float] | str:
+def _searched(x: Rows, y: Rows) -> tuple[Array, Array, float] | str:
     """The rows on which alpha is searched, and its scale; or why there is nothing to fit."""
     if len(x) < 2 * HELD_OUT:
         return f"{len(x)} rows of activations are too few to fit; at least {2 * HELD_OUT}"
@@ -178,19 +204,19 @@ def _searched(x: Array, y: Array) -> tuple[Array, Array, float] | str:
     scale = typical(x)
     if scale is None or scale < SMALLEST:
         return "its input does not vary over the data"
-    return x[:SEARCH_ROWS], y[:SEARCH_ROWS], scale
+    return widened(x[:SEARCH_ROWS]), widened(y[:SEARCH_ROWS]), scale
 
 
-def _fitted(x: Array, y: Array, alpha: float, squash: str) -> Fit:
+def _fitted(x: Rows, y: Rows, alpha: float, squash: str) -> Fit:
     held = np.arange(len(x)) % HELD_OUT == 0
     trial = _parameters(_regress(x, y, alpha, squash, ~held), alpha, squash)
-    error = relative_error(trial, x[held], y[held])
+    error = relative_error(trial, x[::HELD_OUT], y[::HELD_OUT])
     return Fit(_parameters(_regress(x, y, alpha, squash), alpha, squash), error)
 
 
-def unfit(x: Array, y: Array) -> str | None:
+def unfit(x: Rows, y: Rows) -> str | None:
     """Why nothing can be fitted to such numbers, None where it can."""
-    largest = float(np.max([[-part.min(), part.max()] for part in (x, y)]))
+    largest = float(np.max([[-a.min(), a.max()] for part in parts(x, y) for a in part]))
     if not np.isfinite(largest):
         return NOT_FINITE
     if largest > LARGEST:
@@ -198,18 +224,18 @@ def unfit(x: Array, y: Array) -> str | None:
     return None
 
 
-def typical(x: Array) -> float | None:
+def typical(x: Rows) -> float | None:
     """The standard deviation of a typical channel, of its middle half; None where none varies.
 
     Where a tenth of the tokens is massive (a thousand times the others: the first one, separators),
     plain standard deviations are theirs, and no alpha near them is one for the others.
     """
-    blocks = (x[:, own].std(axis=0, dtype=np.float64) for own in _blocks(x))
-    deviations = np.concatenate([np.empty(0), *blocks])
+    found = (widened(x[:, own]).std(axis=0, dtype=np.float64) for own in blocks(x))
+    deviations = np.concatenate([np.empty(0), *found])
     varying = deviations > 0  # constant channels, dead or padded, say nothing of alpha
     if not varying.any():
         return None
-    low, high = np.percentile(x[:SEARCH_ROWS, varying], (25, 75), axis=0)
+    low, high = np.percentile(widened(x[:SEARCH_ROWS, varying]), (25, 75), axis=0)
     middle = float(np.median(high - low)) / 1.349  # of a normal distribution
     return middle if middle > 0 else float(np.median(deviations[varying]))
 
@@ -228,15 +254,23 @@ def inverse(parameters: DytParameters, x: Array, y: Array) -> Array:
     return np.asarray(np.where(far, x, found), np.float32)
 
 
-def relative_error(parameters: DytParameters, x: Array, y: Array) -> float:
+def relative_error(parameters: DytParameters, x: Rows, y: Rows) -> float:
     """||y' - y|| / ||y|| for the values on rows of x and y; 0 where y is 0."""
     shaped = replace(
         parameters,
         gamma=None if parameters.gamma is None else parameters.gamma.ravel(),
         beta=None if parameters.beta is None else parameters.beta.ravel(),
     )
-    length = float(np.linalg.norm(y))
-    return float(np.linalg.norm(evaluate(shaped, x) - y)) / length if length else 0.0
+    missed = wanted = 0.0
+    for x_part, y_part in parts(x, y):
+        missed += _squares(evaluate(shaped, x_part) - y_part)
+        wanted += _squares(y_part)
+    return sqrt(missed / wanted) if wanted else 0.0
+
+
+def _squares(array: Array) -> float:
+    """The sum of squares."""
+    return float(np.square(array, dtype=np.float64).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,12 +304,12 @@ def _best_alpha(x: Array, y: Array, scale: float, squash: str, ranks: Ranks) -> 
 
 
 def _regress(
-    x: Array, y: Array, alpha: float, squash: str, rows: npt.NDArray[np.bool_] | None = None
+    x: Rows, y: Rows, alpha: float, squash: str, rows: npt.NDArray[np.bool_] | None = None
 ) -> _Regression:
     """Some channels at a time: copies of all would double what a fit takes. rows: those to use."""
     own = slice(None) if rows is None else rows
-    parts = [_regressed(x[own, c], y[own, c], alpha, squash) for c in _blocks(x)]
-    gamma, beta, residues = map(np.concatenate, zip(*parts, strict=True))
+    found = [_regressed(widened(x[own, c]), widened(y[own, c]), alpha, squash) for c in blocks(x)]
+    gamma, beta, residues = map(np.concatenate, zip(*found, strict=True))
     return _Regression(gamma, beta, float(residues.sum()))
 
 
@@ -292,8 +326,8 @@ def _regressed(x: Array, y: Array, alpha: float, squash: str) -> tuple[Statistic
     return gamma, mean_y - gamma * mean_t, total - gamma * covariance
 
 
-def _blocks(x: Array) -> Iterator[slice]:
-    """Some channels after the other."""
+def blocks(x: Rows) -> Iterator[slice]:
+    """Some channels after the others."""
     return (slice(start, start + BLOCK) for start in range(0, x.shape[1], BLOCK))
 
 

@@ -46,10 +46,11 @@ def _worker(process: int) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def try_out(path: Path, providers: Sequence[str]) -> None:
+def try_out(path: Path, providers: Sequence[str], outline: Path | None = None) -> None:
     """Load an ONNX file in ONNX Runtime, in the other process.
 
-    Raises CaptureError where that process ends. An error of ONNX Runtime is none here.
+    outline: what is loaded in its place, the same graph without its weights. Raises CaptureError
+    where that process ends. An error of ONNX Runtime is none here.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return  # which is told where it is needed
@@ -57,7 +58,7 @@ def try_out(path: Path, providers: Sequence[str]) -> None:
     if worker.stdin is None or worker.stdout is None:
         raise CaptureError("the process of ONNX Runtime has no pipes")
     try:
-        worker.stdin.write(json.dumps([str(path.absolute()), list(providers)]) + "\n")
+        worker.stdin.write(json.dumps([str((outline or path).absolute()), list(providers)]) + "\n")
         worker.stdin.flush()
         answered = bool(worker.stdout.readline())
     except BrokenPipeError:

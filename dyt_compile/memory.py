@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import sys
 from pathlib import Path
 
 from .errors import OptionError
 
-__all__ = ["parse_bytes", "resident_bytes", "told_bytes"]
+__all__ = ["give_back", "parse_bytes", "resident_bytes", "told_bytes"]
 
 UNITS: dict[str, int] = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
@@ -36,6 +38,14 @@ def told_bytes(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
     return f"{size} B"
+
+
+def give_back() -> None:
+    """Give the system what is freed and held for later: glibc does so from the end of a heap alone,
+    below which one small block may keep hundreds of megabytes."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def resident_bytes() -> int:

@@ -169,7 +169,7 @@ class _TorchRanks(Ranks):
     def collected(self, make: Callable[[], Sequence[Array]]) -> Iterator[list[Array]]:
         """From point to point."""
         own = [np.require(a, requirements=["C", "W"]) for a in make()] if self.number else []
-        shapes = self.gathered([(array.shape, array.dtype.str) for array in own])
+        shapes = self.gathered([(array.shape, array.dtype.name) for array in own])
         if self.number:
             with self.meeting():
                 for array in own:

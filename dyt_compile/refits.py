@@ -101,7 +101,7 @@ class RefitSums:
         before, after = (
             (max(error, 0.0) / self._wanted) ** 0.5 for error in (held.total, errors[ridge])
         )
-        return Refit(fitted.united(held).solve(ridge), before, after)
+        return Refit(fitted.united(held).solve(ridge, spent=True), before, after)
 
 
 class _Sums(GramSums):

@@ -1,7 +1,7 @@
 """The full fit: a matrix over the channels of tanh, in closed form from sums of products.
 
-For one site of C channels it takes the sums, 16 C (C + 1) bytes in float64, 12 C^2 while it solves
-for them, and the sample of rows that alpha and the ridge are chosen on; never the data.
+For one site of C channels it takes the sums, 16 C (C + 1) bytes in float64, 4 C^2 for the solution,
+and the sample of rows that alpha and the ridge are chosen on; never the data.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .dyt import SQUASHES, DytParameters, Mix
-from .fits import HELD_OUT, NOT_FINITE, ROWS, typical, unfit
+from .fits import CHUNK, HELD_OUT, NOT_FINITE, ROWS, parts, typical, unfit, widened
 from .ranks import ALONE, Ranks
 
-__all__ = ["ROWS_PER_CHANNEL", "FullFit", "GramSums", "fit_full", "refit_full"]
+__all__ = ["ROWS_PER_CHANNEL", "TRIED", "FullFit", "GramSums", "fit_full", "refit_full"]
 
 Array = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.floating[Any]]
-Rows = Iterable[tuple[Array, Array]]
+Rows = npt.NDArray[Any]
+Stream = Iterable[tuple[Rows, Rows]]
 
 LOWEST, HIGHEST = 0.05, 6.0
 """Range of alpha times the typical standard deviation of a channel: with a matrix behind it, tanh
@@ -48,8 +49,8 @@ RIDGES = (1e-4, 1e-3, 1e-2)
 FLOOR = 1e-6
 """Part of the mean sum of squares that is added, too: for channels that do not vary."""
 
-CHUNK, BLOCK = 1024, 256
-"""Rows that are summed at once, a multiple of HELD_OUT; unknowns that are solved for at once."""
+BLOCK = 128
+"""Unknowns that are solved for at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +98,24 @@ class GramSums:
         self._squares = np.zeros((channels, channels)) if squares is None else squares
         self._products = np.zeros((channels, outputs))
 
-    def add(self, x: Array, y: Array) -> None:
+    def add(self, x: Rows, y: Rows) -> None:
         """Count rows in."""
-        for start in range(0, len(x), CHUNK):
-            t = self.values(x[start : start + CHUNK]) - self._centres[0]
-            centred = y[start : start + CHUNK] - self._centres[1]
+        for x_part, y_part in parts(x, y):
+            t = self.values(x_part) - self._centres[0]
+            centred = y_part - self._centres[1]
             self.rows += len(t)
             self._totals[0][:] += t.sum(axis=0)
             self._totals[1][:] += centred.sum(axis=0)
-            if not self._known:
-                self._squares += t.T @ t
-            self._products += t.T @ centred
+            for own in _blocks(len(self._squares)):  # a product of all would be one matrix more
+                self._products[own] += t[:, own].T @ centred
+                if not self._known:
+                    self._add_squares(own, t)
+
+    def _add_squares(self, own: slice, t: Floats) -> None:
+        """Those of some channels with the ones before them, on both sides of the diagonal."""
+        made = t[:, own].T @ t[:, : own.stop]
+        self._squares[own, : own.stop] += made
+        self._squares[: own.start, own] += made[:, : own.start].T
 
     def join(self, ranks: Ranks) -> None:
         """Let the first rank's be the sums of all ranks, which are about the same centres."""
@@ -140,10 +148,13 @@ class GramSums:
                 total._products += np.outer(t, apart[1]) + np.outer(apart[0], y + n * apart[1])
         return total
 
-    def solve(self, ridge: float) -> Mix:
-        """The matrix and the offset of the least squared error plus the ridge, on centred rows."""
+    def solve(self, ridge: float, *, spent: bool = False) -> Mix:
+        """The matrix and the offset of the least squared error plus the ridge, on centred rows.
+
+        spent: in place of the sums, which nobody needs any more.
+        """
         means = [total / max(self.rows, 1) for total in self._totals]
-        gram = self._squares.copy()
+        gram = self._squares if spent else self._squares.copy()
         for own in _blocks(len(gram)):
             gram[own] -= np.outer(means[0][own], self._totals[0])
         diagonal = np.diag(gram).copy()
@@ -184,9 +195,9 @@ class GramSums:
 
 
 def fit_full(
-    x: Array,
-    y: Array,
-    stream: Callable[[], Rows],
+    x: Rows,
+    y: Rows,
+    stream: Callable[[], Stream],
     *,
     beside: bool = False,
     squash: str = "tanh",
@@ -194,12 +205,12 @@ def fit_full(
 ) -> FullFit | str:
     """squash(alpha x) matrix + offset closest to y in squares, alpha one number for all channels.
 
-    x, y: float32 [rows, channels], a sample in random order that `fit_diagonal` has taken; stream:
+    x, y: [rows, channels], a sample in random order that `fit_diagonal` has taken; stream:
     all rows, in parts. Alpha and the ridge are chosen on every fourth row of the sample, after a
     fit to the others; matrix and offset are fitted to all rows. beside: sum for the alphas on both
-    sides, too, since another run may choose one of them. squash: "tanh", or "identity", where alpha
-    is 1. Returns the reason where some row is not finite. ranks: each has a stream of its own;
-    x and y are the first's, and so are the sums.
+    sides, too, since another run may choose one of them; without it, no sums are kept. squash:
+    "tanh", or "identity", where alpha is 1. Returns the reason where some row is not finite. ranks:
+    each has a stream of its own; x and y are the first's, and so are the sums.
     """
     start = ranks.first(lambda: _start(x, y, squash, beside))
     if isinstance(start, str):
@@ -211,13 +222,13 @@ def fit_full(
             each.add(x_part, y_part)
     for each in sums:
         each.join(ranks)
-    mix = ranks.first(lambda: sums[0].solve(ridge) if sums[0].finite else None)
+    mix = ranks.first(lambda: sums[0].solve(ridge, spent=not beside) if sums[0].finite else None)
     if mix is None:
         return NOT_FINITE
-    return FullFit(_bare(alpha, squash), mix, error, least, tuple(sums))
+    return FullFit(_bare(alpha, squash), mix, error, least, tuple(sums) if beside else ())
 
 
-def refit_full(x: Array, y: Array, runs: Sequence[Sequence[GramSums]]) -> FullFit:
+def refit_full(x: Rows, y: Rows, runs: Sequence[Sequence[GramSums]]) -> FullFit:
     """The full fit to the rows behind the sums of several runs, x and y a sample of all of them.
 
     Sums of one alpha are added: the fit is that of one run, where that would choose an alpha which
@@ -236,7 +247,7 @@ def refit_full(x: Array, y: Array, runs: Sequence[Sequence[GramSums]]) -> FullFi
 
 
 def _start(
-    x: Array, y: Array, squash: str, beside: bool
+    x: Rows, y: Rows, squash: str, beside: bool
 ) -> tuple[tuple[float, float, float, float], dict[float, tuple[Array, Array]]] | str:
     """What is chosen on the sample, and the centres of the sums for each alpha, its own first."""
     if reason := unfit(x, y):
@@ -248,7 +259,7 @@ def _start(
 
 
 def _chosen(
-    x: Array, y: Array, alphas: Sequence[float], squash: str = "tanh"
+    x: Rows, y: Rows, alphas: Sequence[float], squash: str = "tanh"
 ) -> tuple[float, float, float, float]:
     """The error on held-out rows, the alpha and the ridge that are taken, and the least error.
 
@@ -260,8 +271,11 @@ def _chosen(
 
     @cache
     def best(place: int) -> tuple[float, float, float]:
-        sums = _trained(alphas[place], x, y, tried, squash)
-        return min((_error(sums, r, x, y, tried), sums.alpha, r) for r in RIDGES)
+        alpha = alphas[place]
+        sums = _trained(alpha, x, y, tried, squash)
+        errors = ((_error(sums.solve(r), alpha, x, y, tried, squash), r) for r in RIDGES)
+        error, ridge = min(errors)
+        return error, alpha, ridge
 
     lowest = _valley(lambda place: best(place)[0], len(alphas))
     least, place = best(lowest)[0], lowest
@@ -270,11 +284,12 @@ def _chosen(
     error, alpha, ridge = best(place)
     if len(tried) < channels:
         every = np.arange(channels)
-        error = _error(_trained(alpha, x, y, every, squash), ridge, x, y, every)
+        mix = _trained(alpha, x, y, every, squash).solve(ridge, spent=True)
+        error = _error(mix, alpha, x, y, every, squash)
     return error, alpha, ridge, least
 
 
-def _alphas(x: Array) -> list[float]:
+def _alphas(x: Rows) -> list[float]:
     scale = typical(x[:ROWS]) or 1.0
     first, last = (log2(bound / scale) for bound in (LOWEST, HIGHEST))
     return [2.0**power for power in range(floor(first), ceil(last) + 1)]
@@ -290,37 +305,31 @@ def _valley(height: Callable[[int], float], count: int) -> int:
 
 
 def _trained(
-    alpha: float, x: Array, y: Array, outputs: npt.NDArray[np.int64], squash: str
+    alpha: float, x: Rows, y: Rows, outputs: npt.NDArray[np.int64], squash: str
 ) -> GramSums:
     """The sums of some channels of y, over the rows that are not held out."""
-    sums = _sums(alpha, x, y[:, outputs], squash)
-    for x_part, y_part in _parts(x, y):
+    about = _centres(alpha, x, y[:CHUNK, outputs], squash)
+    sums = GramSums(alpha, *about, squash=squash)
+    for x_part, y_part in parts(x, y):
         kept = np.arange(len(x_part)) % HELD_OUT != 0
         sums.add(x_part[kept], y_part[kept][:, outputs])
     return sums
 
 
-def _sums(alpha: float, x: Array, y: Array, squash: str) -> GramSums:
-    """Empty sums about the means of some rows."""
-    return GramSums(alpha, *_centres(alpha, x, y, squash), squash=squash)
-
-
-def _centres(alpha: float, x: Array, y: Array, squash: str) -> tuple[Array, Array]:
-    return _squashed(x[:CHUNK], alpha, squash).mean(axis=0), y[:CHUNK].mean(axis=0)
-
-
-def _parts(x: Array, y: Array) -> Iterator[tuple[Array, Array]]:
-    return ((x[n : n + CHUNK], y[n : n + CHUNK]) for n in range(0, len(x), CHUNK))
+def _centres(alpha: float, x: Rows, y: Rows, squash: str) -> tuple[Array, Array]:
+    """The means of the first rows."""
+    first, wanted = widened(x[:CHUNK]), widened(y[:CHUNK])
+    return _squashed(first, alpha, squash).mean(axis=0), wanted.mean(axis=0)
 
 
 def _error(
-    sums: GramSums, ridge: float, x: Array, y: Array, outputs: npt.NDArray[np.int64]
+    mix: Mix, alpha: float, x: Rows, y: Rows, outputs: npt.NDArray[np.int64], squash: str
 ) -> float:
     """||y' - y|| / ||y|| over some channels of the held-out rows; 0 where y is 0."""
-    mix, missed, length = sums.solve(ridge), 0.0, 0.0
-    for x_part, y_part in _parts(x[::HELD_OUT], y[::HELD_OUT]):
+    missed = length = 0.0
+    for x_part, y_part in parts(x[::HELD_OUT], y[::HELD_OUT]):
         wanted = y_part[:, outputs]
-        missed += float(np.square(mix(sums.values(x_part)) - wanted).sum())
+        missed += float(np.square(mix(_squashed(x_part, alpha, squash)) - wanted).sum())
         length += float(np.square(wanted).sum())
     return float(np.sqrt(missed / length)) if length else 0.0
 

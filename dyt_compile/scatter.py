@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .dyt import DytParameters
+from .fits import blocks, widened
 
 __all__ = ["CHANNELS", "TOKENS", "Scatter", "scatter"]
 
 Array = npt.NDArray[np.float32]
+Rows = npt.NDArray[Any]
 
 TOKENS = CHANNELS = 32
 """At most so many of each: two float32 arrays of 32 × 32, about 9 KiB a site with their edges."""
@@ -37,30 +40,32 @@ class Scatter:
 
 
 def scatter(
-    x: Array,
-    y: Array,
+    x: Rows,
+    y: Rows,
     sigma: npt.NDArray[np.floating],
     parameters: DytParameters | None,
     affine: tuple[Array, Array],
 ) -> Scatter | None:
     """Tokens and channels evenly over their ranks by size, the smallest and the largest included.
 
-    x, y: float32 [rows, channels]; sigma: [rows]; affine: gamma and beta of the norm, [channels].
+    x, y: [rows, channels]; sigma: [rows]; affine: gamma and beta of the norm, [channels].
     A gamma of 0 hides its channel. None where nothing is left, or not all is finite. Which tokens
     and channels are taken does not depend on the order of the rows.
     """
     gamma, beta = affine
     seen = np.flatnonzero(gamma)
-    if not len(x) or not len(seen) or not (np.isfinite(x).all() and np.isfinite(y).all()):
+    if not len(x) or not len(seen):
         return None
-    sizes = np.sqrt(np.einsum("rc,rc->c", x, x, dtype=np.float64)[seen])
-    channels = seen[_spread(sizes, CHANNELS)]
+    sizes, others = map(_sizes, (x, y))
+    if not (np.isfinite(sizes).all() and np.isfinite(others).all()):
+        return None
+    channels = seen[_spread(sizes[seen], CHANNELS)]
     tokens = _spread(sigma, TOKENS)
     gamma, beta = gamma[channels], beta[channels]
     place = np.ix_(tokens, channels)
     return Scatter(
-        x=x[place],
-        y=(y[place] - beta) / gamma,
+        x=widened(x[place]),
+        y=(widened(y[place]) - beta) / gamma,
         sigma=sigma[tokens].astype(np.float32),
         channels=channels,
         fitted=None if parameters is None else _before(parameters, channels, gamma, beta),
@@ -81,6 +86,12 @@ def _before(
         gamma=at(parameters.gamma, 1.0) / gamma,
         beta=(at(parameters.beta, 0.0) - beta) / gamma,
     )
+
+
+def _sizes(rows: Rows) -> npt.NDArray[np.float64]:
+    """The length of each channel, not finite where one of its numbers is not."""
+    found = (np.square(widened(rows[:, own]), dtype=np.float64) for own in blocks(rows))
+    return np.asarray(np.sqrt(np.concatenate([squares.sum(axis=0) for squares in found])))
 
 
 def _spread(sizes: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]:

@@ -11,27 +11,29 @@ import numpy as np
 import numpy.typing as npt
 
 from .dyt import DytParameters, Mix
-from .fits import ROWS, Fit, RowSample, fit_diagonal, relative_error
+from .fits import CHUNK, ROWS, Fit, RowSample, fit_diagonal, held_as, relative_error
+from .graphs.base import numpy_dtype
 from .ranks import ALONE, Ranks
-from .ridge import CHUNK, FullFit, GramSums, refit_full
+from .ridge import FullFit, GramSums, refit_full
 from .scatter import Scatter
+from .sites import NormSite
 
 __all__ = [
     "SiteFit", "SiteSums", "chosen", "extended", "fit_site", "follow", "median_and_peak", "refit",
-    "sigma",
+    "rows_dtype", "sigma",
 ]  # fmt: skip
 
-Array = npt.NDArray[np.float32]
+Rows = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class SiteSums:
-    """What the fit of a site was made from, 8 C max(6144, 8 C) bytes, and 48 C^2 of a full fit.
+    """What the fit of a site was made from: rows, and 48 C^2 bytes of a full fit.
 
     prefix: a hash of the converted sites before it, "" where there are none: only sums that rest
-    on the same ones are of the same inputs. sample: rows of the site. full: sums for the alpha of
-    the full fit and those beside it; empty where none was tried. tied_to: the site of the module's
-    first call. shape: of gamma; centred: LayerNorm.
+    on the same ones are of the same inputs. sample: max(6144, 8 C) rows of the site. full: sums for
+    the alpha of the full fit and those beside it; empty where none was tried. tied_to: the site of
+    the module's first call. shape: of gamma; centred: LayerNorm.
     """
 
     prefix: str
@@ -41,7 +43,7 @@ class SiteSums:
     tied_to: str | None = None
     full: tuple[GramSums, ...] = field(default=(), repr=False)
 
-    def rows(self) -> tuple[Array, Array]:
+    def rows(self) -> tuple[Rows, Rows]:
         """The rows of a diagonal fit: no more than are needed for one."""
         x, y = self.sample.rows()
         return x[:ROWS], y[:ROWS]
@@ -159,7 +161,12 @@ def extended(prefix: str, place: int, fit: SiteFit) -> str:
     return hasher.hexdigest()
 
 
-def sigma(rows: Array, *, centred: bool) -> npt.NDArray[np.float64]:
+def rows_dtype(site: NormSite) -> np.dtype[Any]:
+    """In which the rows of a site are sampled."""
+    return held_as(*(numpy_dtype(value.dtype) for value in (site.input, site.output)))
+
+
+def sigma(rows: Rows, *, centred: bool) -> npt.NDArray[np.float64]:
     """What the norm divides each row by (eps left out)."""
     found = np.empty(len(rows), np.float64)
     for start in range(0, len(rows), CHUNK):  # in float64 they take twice the sample's memory

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .data import Part, attention_mask, dealt, sample_keys
 from .dyt import DytParameters, Mix, evaluate
-from .fits import Keys, RowSample
+from .fits import Keys, RowSample, held_as
 from .graphs.base import Graph
 from .graphs.cuts import Point, Stage
 from .ranks import current
@@ -28,6 +28,7 @@ from .terms import Value
 __all__ = ["Lane", "Layout", "Walk"]
 
 Array = npt.NDArray[np.float32]
+Rows = npt.NDArray[Any]
 Lane = list[dict[Value, Kept]]
 """The values of one model that live between two stages, by batch."""
 
@@ -99,7 +100,7 @@ class Walk:
         sample.join(self.ranks)
         return sample
 
-    def rows(self, site: NormSite) -> Iterator[tuple[Array, Array]]:
+    def rows(self, site: NormSite) -> Iterator[tuple[Rows, Rows]]:
         """Rows of the site's input in the converted and of its output in the original model."""
         return ((x, y) for x, y, _ in self._keyed_rows(site))
 
@@ -138,7 +139,7 @@ class Walk:
             counted = layout.counted(mask, shape)
             yield counted, layout.keys(keys, counted)
 
-    def _keyed_rows(self, site: NormSite) -> Iterator[tuple[Array, Array, Keys]]:
+    def _keyed_rows(self, site: NormSite) -> Iterator[tuple[Rows, Rows, Keys]]:
         layout = self.layout(site.input, _channels(site))
         shapes = [values[site.input].shape for values in self.converted]
         for original, converted, (counted, keys) in zip(
@@ -199,11 +200,11 @@ class Layout:
         first = [] if self._samples is None else [self._samples]
         self._others = [*first, *(axis for axis in others if axis not in first)]
 
-    def rows(self, array: npt.NDArray[Any]) -> Array:
-        """Float32 [rows, channels]."""
+    def rows(self, array: npt.NDArray[Any]) -> Rows:
+        """[rows, channels], in the 16 bits that the array has, else in float32."""
         moved = array.transpose([*self._others, *self._channels])
         channels = int(np.prod(moved.shape[len(self._others) :]))
-        return np.ascontiguousarray(moved.reshape(-1, channels), dtype=np.float32)
+        return np.ascontiguousarray(moved.reshape(-1, channels), dtype=held_as(array.dtype))
 
     def spread(self, rows: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """One number for each row, at all of its channels in a tensor of that shape."""

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyt_compile.dyt import DytParameters, evaluate
-from dyt_compile.fits import HELD_OUT, ROWS, Fit, RowSample, fit_diagonal, typical
+from dyt_compile.fits import (
+    HELD_OUT,
+    ROWS,
+    Fit,
+    RowSample,
+    fit_diagonal,
+    held_as,
+    typical,
+    widened,
+)
 from dyt_compile.ridge import FullFit, fit_full
 
 pytestmark = pytest.mark.core
@@ -297,3 +306,55 @@ def test_sample_of_keyed_rows_does_not_depend_on_their_order() -> None:
     first.add(x, x, keys)
     second.add(x[::-1], x[::-1], keys[::-1])
     np.testing.assert_array_equal(first.rows()[0], second.rows()[0])
+
+
+def _narrow(dtype: str) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
+    x = _normal(900, 70) * np.exp(_normal(70, seed=2))
+    return x.astype(dtype), _layer_norm(x).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rows_of_16_bits_are_held_so_and_fitted_as_in_float32(dtype: str) -> None:
+    x, y = _narrow(dtype)
+    samples = [RowSample(0, 800, kind) for kind in (dtype, "float32")]
+    for sample, wide in zip(samples, (False, True), strict=True):
+        sample.add(*((widened(x), widened(y)) if wide else (x, y)))
+    (own, _), (wide_x, _) = rows = [sample.rows() for sample in samples]
+    assert own.dtype == dtype
+    assert 2 * own.nbytes == wide_x.nbytes
+    np.testing.assert_array_equal(widened(own), wide_x)
+    first, second = (_fitted(*each) for each in rows)
+    fulls = [fit_full(*each, lambda each=each: [each]) for each in rows]
+    assert first.error == second.error
+    for one, other in ((first, second), fulls):
+        for name, array in vars(one.parameters).items():
+            np.testing.assert_array_equal(array, getattr(other.parameters, name))
+    np.testing.assert_array_equal(fulls[0].mix.matrix, fulls[1].mix.matrix)  # type: ignore[union-attr]
+
+
+def test_sample_of_16_bits_is_written_and_united_in_what_loses_nothing() -> None:
+    x, y = _narrow("bfloat16")
+    samples = RowSample(0, 2000, "bfloat16"), RowSample(1, 2000, "bfloat16")
+    for sample in samples:
+        sample.add(x, y)
+    assert samples[0].united(samples[1]).rows()[0].dtype == "bfloat16"
+    again = RowSample.of_arrays(**samples[0].arrays())
+    assert again.rows()[0].dtype == np.float32  # safetensors has no bfloat16 of NumPy
+    np.testing.assert_array_equal(again.rows()[0], widened(samples[0].rows()[0]))
+    wide = RowSample(0, 2000)
+    wide.add(np.full((1, 70), 1 / 3, np.float32), np.full((1, 70), 1 / 3, np.float32))
+    united = samples[0].united(wide).rows()[0]
+    assert united.dtype == np.float32
+    assert (united == np.float32(1 / 3)).all(axis=1).any()
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "held"),
+    [
+        (["bfloat16"], "bfloat16"), (["float16", "float16"], "float16"),
+        (["bfloat16", "float16"], "float32"), (["float16", "float32"], "float32"),
+        (["int16"], "float32"), (["float64"], "float32"),
+    ],
+)  # fmt: skip
+def test_rows_are_held_in_what_loses_nothing(dtypes: list[str], held: str) -> None:
+    assert held_as(*dtypes) == held

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +16,21 @@ import torch
 from torch import nn
 
 import dyt_compile
-from dyt_compile import Calibration
+from dyt_compile import Calibration, footprint
 from dyt_compile.data import cut, largest, whole
 from dyt_compile.dyt import evaluate
 from dyt_compile.errors import OptionError
+from dyt_compile.fits import ROWS, fit_diagonal
+from dyt_compile.footprint import diagonal_bytes, full_bytes
 from dyt_compile.memory import parse_bytes, resident_bytes, told_bytes
+from dyt_compile.passes.calibrate import calibrate
 from dyt_compile.passes.capture import capture
+from dyt_compile.passes.match import match
+from dyt_compile.ridge import fit_full
 from dyt_compile.sitefits import SiteFit
 
 from .promised import WIDTH
+from .test_projections import Net, _batches
 from .test_weights import WORDS, Words, same
 
 pytestmark = pytest.mark.core
@@ -94,6 +102,49 @@ def test_model_whose_shapes_data_tells_is_refused() -> None:
 
     with pytest.raises(OptionError, match="memory cannot be promised for this model: without data"):
         dyt_compile.calibrate(Chosen(), [(torch.randn(9, 4),)] * 2, memory="8GB")
+
+
+def test_refits_beyond_the_promise_are_left_and_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = _batches(count=2)
+    graph = capture(Net(post=True).eval(), x[0])
+    found, samples = match(graph), whole(graph, x)
+    names = [site.name for site in found.sites]
+
+    def refitted(squares: int, *, refits: bool = True) -> Calibration:
+        monkeypatch.setattr(footprint, "SQUARES", squares)
+        memory = resident_bytes() + (1 << 30)
+        return calibrate(
+            graph, found, samples, convert=names, seed=0, refits=refits, memory_bytes=memory
+        )
+
+    moved = refitted(footprint.SQUARES).refits
+    assert moved
+    left = refitted(1 << 40)
+    assert not left.refits
+    assert same(left, refitted(1 << 40, refits=False))
+    (told,) = (r.message for r in caplog.records if r.name == "dyt_compile")
+    assert "memory is too little to refit" in told
+    assert min(moved) in told
+
+
+def test_fits_take_what_is_worked_out() -> None:
+    channels = 384
+    x = np.random.default_rng(0).normal(size=(ROWS, channels)).astype(np.float32)
+    y = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True))
+    narrow = x.astype("bfloat16"), y.astype("bfloat16")
+
+    def took(fit: Callable[[], object]) -> int:
+        tracemalloc.start()
+        assert not isinstance(fit(), str)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    diagonal, full = diagonal_bytes(channels), full_bytes(channels, keep_sums=False)
+    assert diagonal / 3 < took(lambda: fit_diagonal(*narrow)) <= diagonal
+    assert full / 3 < took(lambda: fit_full(*narrow, lambda: [narrow])) <= full
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from dyt_compile import convert, inspect, isolation
 from dyt_compile.errors import CaptureError
+from dyt_compile.graphs import onnx as graphs
 
 from .report.models import WIDTH, norms
 
@@ -77,3 +79,29 @@ def test_modules_beside_a_model_are_not_imported(
     monkeypatch.chdir(tmp_path)
     isolation.try_out(_model(tmp_path / "good.onnx"), ["CPUExecutionProvider"])
     assert not (tmp_path / "hacked").exists()
+
+
+def test_large_file_is_tried_without_the_weights_beside_it(
+    worker: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Path] = []
+
+    def noted(path: Path, providers: Sequence[str], outline: Path | None = None) -> None:
+        tried.append(outline or path)
+        if outline is not None:
+            assert outline.stat().st_size < large.stat().st_size + 4000
+            assert not onnx.load(outline).graph.initializer
+        isolation.try_out(path, providers, outline)
+
+    monkeypatch.setattr(graphs, "try_out", noted)
+    large = tmp_path / "large.onnx"
+    onnx.save(norms(("first",)), large, save_as_external_data=True, size_threshold=0)
+    assert convert(large, _data(), mode="all").report.converted == 1
+    monkeypatch.setattr(graphs, "TRIED_BYTES", 0)
+    assert convert(large, _data(), mode="all").report.converted == 1
+    assert tried[0] == large
+    assert tried[1] != large
+    deadly = tmp_path / "deadly.onnx"
+    onnx.save(norms(("first",)), deadly, save_as_external_data=True, size_threshold=0)
+    with pytest.raises(CaptureError, match=r"deadly\.onnx' ends ONNX Runtime .*: SIGABRT$"):
+        convert(deadly, _data(), mode="all")

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from ..batches import as_arguments
 from ..dyt import DytParameters
 from ..errors import DataError, RewriteError
+from ..files import work_folder
 from ..isolation import try_out
 from ..runtime import PROVIDERS, Session, parse_provider
 from ..sites import NormSite
@@ -26,11 +28,12 @@ from .base import Batch, Edit, Load, Stored, numpy_dtype
 from .onnx_constants import held, is_parameter, scalar, stored
 from .onnx_derived import kept
 from .onnx_edits import make_edits
-from .onnx_files import load, settle
+from .onnx_files import externals, load, parse, settle, weights_as_inputs
 from .onnx_memory import most_bytes, sizes, weight_load
 from .onnx_precision import Names
 from .onnx_prepare import OLDEST_OPSET, prepare, restore
 from .onnx_quantize import Format, Product, write_products
+from .onnx_rows import lookup
 from .onnx_scopes import SCOPES, Scopes
 from .onnx_terms import say
 from .onnx_validity import check, reading
@@ -39,6 +42,9 @@ __all__ = ["OnnxGraph", "read_by"]
 
 Array = npt.NDArray[Any]
 Trial = Callable[[], None]
+
+TRIED_BYTES = 1 << 28
+"""Weights in other files up to which a file is tried out with them."""
 
 LARGEST_INPUT = 1 << 28
 """Elements of an input that is made up."""
@@ -80,7 +86,9 @@ class OnnxGraph:
             check(model)
             prepare(model)
             own = folder is not None  # a file that was just written
-            return cls(path.stem, model, provider, None if own else _trial(path, provider))
+            beside = sum(tensor.nbytes for tensor in externals(model))
+            trial = None if own else _trial(path, provider, whole=beside <= TRIED_BYTES)
+            return cls(path.stem, model, provider, trial)
 
     @classmethod
     def from_model(cls, name: str, model: ir.Model, provider: str = "cpu") -> OnnxGraph:
@@ -160,7 +168,8 @@ class OnnxGraph:
         for start, stop in cuts:
             nodes = self.between(start, stop)
             ends = [v.native for v in start], [v.native for v in stop]
-            most = most_bytes(nodes, *ends, size) + weight_load(nodes)
+            loaded = [node for node in nodes if lookup(node, ends[0]) is None]
+            most = most_bytes(nodes, *ends, size) + weight_load(loaded)
             found.append(Load(most, tuple(map(size, ends[1]))))
         return found
 
@@ -294,15 +303,19 @@ class OnnxSegment:
     ) -> None:
         self._passed = [value.native for value in start]
         self._stop = [value.native for value in stop]
+        apart = {node: found for node in nodes if (found := lookup(node, self._passed))}
+        self._lookups = list(apart.values())
+        nodes = [node for node in nodes if node not in apart]
+        looked_up = {found.output: None for found in self._lookups}
         made = {output for node in nodes for output in node.outputs}
         self._outputs = [value for value in dict.fromkeys(self._stop) if value in made]
         self._constants = {
             value: np.asarray(tensor.numpy())
             for value in self._stop
-            if value not in made and (tensor := stored(value)) is not None
+            if value not in {*made, *looked_up} and (tensor := stored(value)) is not None
         }
         read = {value for node in nodes for value in read_by(node)}
-        self._inputs = [value for value in self._passed if value in read]
+        self._inputs = [value for value in (*self._passed, *looked_up) if value in read]
         self._session: Session | None = None
         if nodes and self._outputs:
             initializers = [
@@ -323,15 +336,31 @@ class OnnxSegment:
         known: dict[ir.Value, Any] = {
             **self._constants, **dict(zip(self._passed, values, strict=True))
         }  # fmt: skip
+        known |= {found.output: found(known[found.places]) for found in self._lookups}
         if self._session is not None:
             results = self._session.run([known[value] for value in self._inputs])
             known.update(zip(self._outputs, results, strict=True))
         return [known[value] for value in self._stop]
 
 
-def _trial(path: Path, provider: str) -> Trial:
-    """Loads a file where it can end no process but its own; once, if it goes well."""
-    return cache(lambda: try_out(path, PROVIDERS[parse_provider(provider)[0]]))
+def _trial(path: Path, provider: str, *, whole: bool) -> Trial:
+    """Loads a file where it can end no process but its own; once, if it goes well.
+
+    whole: with its weights, of which ONNX Runtime makes three times as much memory.
+    """
+
+    def load_apart() -> None:
+        providers = PROVIDERS[parse_provider(provider)[0]]
+        if whole:
+            try_out(path, providers)
+            return
+        with work_folder() as folder:
+            proto, _ = parse(path)
+            weights_as_inputs(proto)
+            onnx.save(proto, folder / path.name)
+            try_out(path, providers, folder / path.name)
+
+    return cache(load_apart)
 
 
 def _put(

@@ -137,7 +137,7 @@ def settle(model: ir.Model) -> None:
         for value in graph.initializers.values():
             held = value.const_value
             if isinstance(held, ir.ExternalTensor) and held.nbytes < LARGE_BYTES:
-                array = held.numpy().copy()
+                array = numbers(held)  # read: `numpy` maps all of the file, for one of its tensors
                 value.const_value = ir.Tensor(array, held.dtype, shape=held.shape, name=held.name)
 
 

@@ -7,6 +7,7 @@ norm puts out for the same samples. What waits between the parts lies on a shelf
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from ..sitefits import (
     fit_site,
     follow,
     median_and_peak,
+    rows_dtype,
     sigma,
 )
 from ..sites import Match, NormKind, NormSite
@@ -52,6 +54,11 @@ __all__ = ["calibrate", "fingerprint", "observing", "survey"]
 
 Array = npt.NDArray[np.float32]
 Affine = tuple[Array, Array]
+
+logger = logging.getLogger("dyt_compile")
+
+TOLD = 3
+"""Names that a warning tells."""
 
 
 def calibrate(
@@ -77,15 +84,16 @@ def calibrate(
     squashes: by site, what is tried in place of "tanh" alone: "identity" is an affine map, where
     the weights behind all calls of the site can take one up. The first is taken, unless a later one
     has a smaller error on held-out rows.
-    refits: linear layers behind converted sites are refitted where `projections` says that it pays.
+    refits: linear layers behind converted sites are refitted where `projections` says that it pays,
+    and memory_bytes lets; a warning of the logger "dyt_compile" names those that it does not.
     keep_sums: fits hold what they were made from, so that `Calibration.merge` can add other runs.
 
     The fits do not depend on how the samples are split into batches, nor on their order, up to the
     rounding of the model's own arithmetic. memory_bytes: of the process; kept, or refused with an
     OptionError before anything is run. Memory does not grow with the samples, but for 8 bytes a
     sample and one byte a position of the attention mask: activations beyond `Shelf`'s limit go to
-    files, and a site of C channels takes 8 C max(6144, 8 C) bytes of rows; a full fit 28 C^2 more
-    while it is solved, 4 C (C + 1) once it is done.
+    files, and a site of C channels takes 8 C max(6144, 8 C) bytes of rows, half of that where the
+    model is of 16 bits; a full fit 28 C^2 more while it is solved, 4 C (C + 1) once it is done.
     """
     sites = [site for site in match.sites if not site.kind.lossless]
     fits: dict[str, SiteFit] = {}
@@ -100,6 +108,9 @@ def calibrate(
     full = {s.name for s in sites if _unmixed(s, s.name in again, graph, fit) is None}
     room = room_within(memory_bytes, Walked(graph, points, frozenset(full), keep_sums), samples)
     samples = room.samples
+    if room.left:
+        logger.warning(_told_left(room.left))
+        points = [point for point in points if point.name not in room.left]
     with Shelf(graph, room.shelf_bytes) as shelf:
         later_calls = _later_calls(graph, sites, shelf, samples, seed)
         walk = Walk(graph, shelf, samples)
@@ -110,7 +121,7 @@ def calibrate(
             if isinstance(site, Projection):
                 better = refit(walk, graph, site, stage, following, seed)
                 if better is not None:
-                    moved[site.name] = replace(better, place=behind.index(site))
+                    moved[site.name] = room.stored(replace(better, place=behind.index(site)))
                 continue
             others = later_calls.get(site.name, ())
             unmixed = _unmixed(site, bool(others), graph, fit)
@@ -129,6 +140,7 @@ def calibrate(
             walk.apply(site, found if applied else None, stage, following)
             fits[site.name] = room.stored(fits[site.name])
             del found, sums  # their rows, before the next site's are gathered
+            room.settle()
     done = frozenset(name for name in convert if name in fits and fits[name].parameters is not None)
     return Calibration(
         MappingProxyType(fits), fingerprint(graph, match), done, MappingProxyType(moved)
@@ -186,6 +198,13 @@ def fingerprint(graph: Graph, match: Match) -> tuple[SiteSketch, ...]:
     )
 
 
+def _told_left(names: Collection[str]) -> str:
+    return (
+        f"memory is too little to refit {len(names)} linear layer(s), which stay as they are: "
+        f"{', '.join(sorted(names)[:TOLD])}{', ...' if len(names) > TOLD else ''}"
+    )
+
+
 def _check_shares(samples: Part) -> None:
     ranks = current()
     if samples.samples < ranks.size:
@@ -204,7 +223,7 @@ def _later_calls(
         return found
 
     def sample_of(site: NormSite) -> RowSample:
-        return RowSample(_seed(seed, site))
+        return RowSample(_seed(seed, site), dtype=rows_dtype(site))
 
     for site, _, sample in observing(graph, sites, shelf, samples, sample_of):
         if site.tied_to is not None:
@@ -224,8 +243,8 @@ def _unmixed(site: NormSite, again: bool, graph: Graph, fit: str) -> str | None:
 def _sample(seed: int, site: NormSite, unmixed: str | None) -> RowSample:
     """Larger where a matrix needs more rows."""
     wanted = 0 if unmixed else ROWS_PER_CHANNEL * (site.channels or 0)
-    own = _seed(seed, site)
-    return RowSample(own, wanted) if wanted > ROWS else RowSample(own)
+    own, dtype = _seed(seed, site), rows_dtype(site)
+    return RowSample(own, wanted, dtype) if wanted > ROWS else RowSample(own, dtype=dtype)
 
 
 def _seed(seed: int, site: NormSite) -> int:
