@@ -233,7 +233,8 @@ def _sweep(place: Path) -> None:
 def _new(place: Path) -> tuple[Path, int | None]:
     """A work folder with its lock; None where the file system has no locks."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+        # Absolute, as from Python 3.12 on: other processes, which work elsewhere, write there too.
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place)).absolute()
         try:
             lock = _locked(folder / LOCK, wait=False)
         except OSError:
