@@ -28,7 +28,7 @@ from .errors import DytCompileError, ExportError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Arrays", "check_writable", "replaced", "work_folder", "write_arrays"]
+__all__ = ["FULL", "Arrays", "check_writable", "replaced", "work_folder", "write_arrays"]
 
 PREFIX = ".dyt-compile-"
 
@@ -36,6 +36,8 @@ LOCK = f"{PREFIX}lock"
 """In a work folder: somebody needs it. Beside a target: somebody renames there."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Numbers of the errors by which a disk says that it takes no more."""
+
 PROBE_BYTES = 1 << 20
 
 
