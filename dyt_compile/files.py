@@ -28,7 +28,7 @@ from .errors import DytCompileError, ExportError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Arrays", "check_writable", "replaced", "work_folder", "write_arrays"]
+__all__ = ["FULL", "Arrays", "check_writable", "replaced", "work_folder", "write_arrays"]
 
 PREFIX = ".dyt-compile-"
 
@@ -36,6 +36,8 @@ LOCK = f"{PREFIX}lock"
 """In a work folder: somebody needs it. Beside a target: somebody renames there."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Numbers of the errors by which a disk says that it takes no more."""
+
 PROBE_BYTES = 1 << 20
 
 
@@ -233,7 +235,8 @@ def _sweep(place: Path) -> None:
 def _new(place: Path) -> tuple[Path, int | None]:
     """A work folder with its lock; None where the file system has no locks."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+        # Absolute, as from Python 3.12 on: other processes, which work elsewhere, write there too.
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place)).absolute()
         try:
             lock = _locked(folder / LOCK, wait=False)
         except OSError:

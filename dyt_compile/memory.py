@@ -6,11 +6,13 @@ import ctypes
 import gc
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OptionError
 
-__all__ = ["give_back", "parse_bytes", "resident_bytes", "told_bytes"]
+__all__ = ["bounded", "give_back", "parse_bytes", "resident_bytes", "told_bytes"]
 
 UNITS: dict[str, int] = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
@@ -63,3 +65,27 @@ def resident_bytes() -> int:
         raise OptionError(f"memory cannot be bounded on {sys.platform}: it is not told") from error
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+@contextmanager
+def bounded(more_bytes: int) -> Iterator[None]:
+    """MemoryError where this process takes more than so many bytes meanwhile, on Linux.
+
+    For native code that makes lists as long as anyone's file says. It is a limit on the address
+    space of the whole process: for a short time alone.
+    """
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(pages.read_text().split()[0]) * resource.getpagesize() + more_bytes
+    if before[0] != resource.RLIM_INFINITY:
+        limit = min(limit, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.faults.kills import placed
-from benchmarks.faults.subjects import CASES, prepare
+from benchmarks.faults.subjects import CASES, TORCH, prepare
 from benchmarks.faults.table import PAGE, lost, render
 from dyt_compile.errors import (
     CaptureError,
@@ -104,17 +104,25 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("out", [("convert", "out.onnx"), ("calibrate", "out.safetensors")])
+ONNX = ("model.onnx", "--data", "data.npz")
+
+
+@pytest.mark.parametrize(
+    ("verb", "source", "name"),
+    [
+        ("convert", ONNX, "out.onnx"), ("calibrate", ONNX, "out.safetensors"),
+        ("convert", TORCH, "out.pt2"),  # of which torch itself ends the process
+    ],
+)  # fmt: skip
 def test_file_that_becomes_too_long_is_told_and_the_old_one_kept(
-    out: tuple[str, str], tmp_path: Path
+    verb: str, source: tuple[str, ...], name: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "home"
     prepare(folder)
-    verb, name = out
     (folder / name).write_text("old")
     before = {path.name for path in folder.iterdir()}
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, verb, "model.onnx", "--data", "data.npz", "-o", name],
+        [sys.executable, "-c", LIMITED, verb, *source, "-o", name],
         cwd=folder, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

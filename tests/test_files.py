@@ -217,6 +217,17 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert not list(place.iterdir())
 
 
+def test_work_folder_of_a_relative_place_is_known_to_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with work_folder(Path()) as folder, replaced(Path("target")) as temporary:
+        assert folder.is_absolute()
+        assert temporary.is_absolute()
+        temporary.write_text("new")
+    assert (tmp_path / "target").read_text() == "new"
+
+
 @locks
 def test_what_is_in_use_is_left_alone(tmp_path: Path) -> None:
     with work_folder(tmp_path) as first:

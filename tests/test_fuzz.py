@@ -38,9 +38,22 @@ def test_new_cases_are_refused_in_one_line_or_taken(tmp_path: Path) -> None:
 
 BROKEN = """
 import os, signal, sys
+import numpy as np
+import onnx_ir as ir
+from onnx import parser
 from benchmarks.fuzz import judge, runs
 from benchmarks.fuzz.cases import Case
-from dyt_compile import cli, errors
+from dyt_compile import cli, runtime
+
+LOOP = '''
+<ir_version: 10, opset_import: ["": 20]>
+endless (float[2] x) => (float[2] y) <int64 trips = {4611686018427387904}, bool yes = {1}> {
+    y = Loop (trips, yes, x) <body = once (int64 i, bool go, float[2] a) => (bool on, float[2] b) {
+        on = Identity (go)
+        b = Tanh (a)
+    }>
+}
+'''
 
 def broken(arguments):
     what = arguments[0]
@@ -48,6 +61,9 @@ def broken(arguments):
         os.kill(os.getpid(), signal.SIGSEGV)
     while what == "hang":
         pass
+    if what == "endless":
+        model = ir.from_proto(parser.parse_model(LOOP))
+        runtime.Session(model).run([np.ones(2, np.float32)])
     if what == "left":
         open("out.onnx", "w").close()
     if what == "hacked":
@@ -67,8 +83,8 @@ for result in runs.run(lambda number: Case((words[number],), {}), range(len(word
 
 
 def test_judge_tells_every_fault() -> None:
-    words = ("taken", "refused", "foreign", "trace", "silent", "left", "hacked", "hang", "crash",
-             "refused")  # fmt: skip
+    words = ("taken", "refused", "foreign", "trace", "silent", "left", "hacked", "hang", "endless",
+             "crash", "refused")  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", BROKEN, *words], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
@@ -78,6 +94,7 @@ def test_judge_tells_every_fault() -> None:
         ["refused", "DataError"],
         *([word, "fault"] for word in ("foreign", "trace", "silent", "left", "hacked")),
         ["hang", "hang"],
+        ["endless", "endless"],
         ["crash", "crash"],
         ["refused", "DataError"],
     ]

@@ -79,6 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     cases = [case for case in CASES if re.search(options.only, case.name) and case.can_run]
     with tempfile.TemporaryDirectory() as temporary:
+        Path(temporary).chmod(0o755)  # another user reads there, too
         folder = options.folder or Path(temporary)
         if any(case.share < 1 for case in cases):
             warm(folder / "warm")

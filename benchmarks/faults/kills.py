@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .killing import Blow
-from .places import Place, found_at
+from .places import Place, found_at, one_line
 from .subjects import Case, command, state
 
 __all__ = ["Found", "kill_all", "kill_recover", "placed"]
@@ -156,13 +156,17 @@ def kill_recover(folder: Path, kills: int) -> Iterator[Found]:
 
 
 def _ended(place: Place, work: Callable[[], object], blow: Blow, tally: Tally) -> bool:
-    """Whether the blow came before the run was done, which the one before had begun."""
+    """Whether the blow came before the run was done, which the one before had begun.
+
+    A write may be that of TensorRT's process, whose end the run tells.
+    """
     end = place.run(work, blow)
-    if end.status < 0:
+    told = blow.cut is not None and (one_line(end) or "").startswith("ExportError: cannot write")
+    if end.status < 0 or told:
         tally.killed[_told(blow)] += 1
     elif end.status:
         raise RuntimeError(f"{blow} ended with {end.status}: {end.printed[-2000:]}")
-    return end.status < 0
+    return end.status < 0 or told
 
 
 def _weights(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def _spilling(*arguments: str) -> Callable[[], object]:
 
 
 def _exported(fit: str) -> Callable[[], object]:
-    """export_onnx of the torch model, in Python, weights in a file of their own."""
+    """export_onnx of the torch model, in Python, weights in a file of their own; it ends as a
+    command does."""
 
     def work() -> None:
         import dyt_compile
@@ -104,7 +106,11 @@ def _exported(fit: str) -> Callable[[], object]:
         result = dyt_compile.convert(
             source.model, batches, mode="all", example=source.example, fit=fit
         )
-        dyt_compile.export_onnx(result, "out.onnx", weights="copy")
+        try:
+            dyt_compile.export_onnx(result, "out.onnx", weights="copy")
+        except dyt_compile.DytCompileError as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            sys.exit(1)
 
     return work
 

@@ -45,12 +45,12 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the number of the first of each kind")
     parser.add_argument("--only", choices=KINDS, action="append", help="these kinds alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--keep", type=Path, help="write one case of every message, as JSON")
+    parser.add_argument("--keep", type=Path, help="add a case of every message, as JSON")
     parser.add_argument("--replay", type=Path, help="run the cases of such a file instead")
     given = parser.parse_args()
     if given.replay is not None:
         raise SystemExit(_replayed(given.replay))
-    shares, corpus = _shares(given.only or list(KINDS)), Corpus()
+    shares, corpus = _shares(given.only or list(KINDS)), Corpus(given.keep)
     tallies = {kind: Tally() for kind in shares}
     for part in range(PARTS):
         for kind, share in shares.items():
@@ -83,11 +83,12 @@ def _shares(kinds: Sequence[str]) -> dict[str, float]:
 def _tally(tally: Tally, kind: str, numbers: range, corpus: Corpus) -> None:
     for result in _shown(kind, run(partial(case, kind), numbers), len(numbers)):
         tally.add(result)
+        name, message = f"{kind}/{result.number}", result.message
         if result.wrong:
-            print(f"{kind} {result.number}: {result.outcome}, {result.message}", flush=True)
-        elif result.message and corpus.lacks(result.message):
-            name = f"{kind}/{result.number}"
-            corpus.add(name, result.message, case(kind, result.number))
+            message = f"{result.outcome}: {message}"
+            print(f"{name}: {message}", flush=True)
+        if message and result.outcome != "endless" and corpus.lacks(message):
+            corpus.add(name, message, case(kind, result.number))
 
 
 def _shown(kind: str, results: Iterator[Result], total: int) -> Iterator[Result]:

@@ -1,4 +1,4 @@
-"""Cases that are kept: one of every message that bad input has met, as a JSON file."""
+"""Cases that are kept, as a JSON file: one of every message that bad input has met, every fault."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from .cases import Case
@@ -22,10 +23,12 @@ def alike(message: str) -> str:
 
 
 class Corpus:
-    """The first case of every message."""
+    """The first case of every message, behind those that a file holds already."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self._held: dict[str, tuple[str, Case]] = {}
+        for message, name, case in _held(path) if path is not None and path.exists() else ():
+            self._held[message] = name, case
 
     def lacks(self, message: str) -> bool:
         """Whether no case was refused with a message like this one."""
@@ -54,9 +57,13 @@ class Corpus:
 
 def load(path: Path) -> list[Case]:
     """The cases of a file."""
+    return [case for _, _, case in _held(path)]
+
+
+def _held(path: Path) -> Iterator[tuple[str, str, Case]]:
+    """Messages as they are alike, names and cases."""
     held = json.loads(path.read_text(encoding="utf-8"))
     contents = {k: zlib.decompress(base64.b64decode(v)) for k, v in held["contents"].items()}
-    return [
-        Case(tuple(each["arguments"]), {file: contents[key] for file, key in each["files"].items()})
-        for each in held["cases"]
-    ]
+    for each in held["cases"]:
+        files = {file: contents[key] for file, key in each["files"].items()}
+        yield each["message"], each["name"], Case(tuple(each["arguments"]), files)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -24,6 +26,9 @@ HANG_SECONDS = 10.0
 MEMORY_BYTES = 6 << 30
 """Of address space, for a worker."""
 
+STACK = "stack.txt"
+RUNNING = re.compile(r'dyt_compile/runtime\.py", line \d+ in run$')
+
 TICKS = os.sysconf("SC_CLK_TCK")
 
 Make = Callable[[int], Case]
@@ -33,8 +38,8 @@ Make = Callable[[int], Case]
 class Result:
     """What became of one case: "taken", the name of the error that refused it, or what is wrong.
 
-    outcome: "crash", "hang" and "fault" are wrong. message: of the error. seconds: of processor
-    time.
+    outcome: "crash", "hang" and "fault" are wrong; "endless" is a model whose own loop goes on, in
+    ONNX Runtime. message: of the error. seconds: of processor time.
     """
 
     number: int
@@ -62,28 +67,30 @@ def run(make: Make, numbers: Iterable[int]) -> Iterator[Result]:
 
 def _worked(make: Make, numbers: list[int]) -> Iterator[Result]:
     """The cases that one worker gets through, and the one that ends it."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        folder = Path(name)
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            try:
+                _work(make, numbers, folder, write)
+            finally:
+                os._exit(0)
+        os.close(write)
         try:
-            _work(make, numbers, write)
+            yield from _watched(child, read, folder / STACK)
         finally:
-            os._exit(0)
-    os.close(write)
-    try:
-        yield from _watched(child, read)
-    finally:
-        os.close(read)
-        _end(child)
+            os.close(read)
+            _end(child)
 
 
-def _watched(child: int, read: int) -> Iterator[Result]:
+def _watched(child: int, read: int, stack: Path) -> Iterator[Result]:
     busy, since = None, 0.0
     for line in _lines(read):
         if line is None:
             if busy is not None and _seconds(child) - since > HANG_SECONDS:
-                yield Result(busy, "hang", f"no end after {HANG_SECONDS:g} s", HANG_SECONDS)
+                yield _hung(busy, _stack(child, stack))
                 return
             continue
         told = json.loads(line)
@@ -94,6 +101,25 @@ def _watched(child: int, read: int) -> Iterator[Result]:
             busy = None
     if busy is not None:
         yield Result(busy, "crash", f"the process ended: {_ended(child)}")
+
+
+def _hung(number: int, stack: str) -> Result:
+    """A case without an end; within ONNX Runtime's run, it is the model that has none.
+
+    stack: as faulthandler writes it, the innermost call first.
+    """
+    calls = stack.splitlines()[1:]
+    inside = next((call for call in calls if "onnxruntime" not in call), "")
+    outcome = "endless" if RUNNING.search(inside) and inside != calls[0] else "hang"
+    where = re.sub(r'File "[^"]*/', 'File "', inside.strip())
+    return Result(number, outcome, f"no end after {HANG_SECONDS:g} s: {where}", HANG_SECONDS)
+
+
+def _stack(child: int, path: Path) -> str:
+    """The calls in which a worker is, whatever it does."""
+    os.kill(child, signal.SIGUSR1)
+    time.sleep(1.0)
+    return path.read_text(encoding="utf-8")
 
 
 def _lines(read: int) -> Iterator[bytes | None]:
@@ -110,13 +136,14 @@ def _lines(read: int) -> Iterator[bytes | None]:
         yield from whole
 
 
-def _work(make: Make, numbers: list[int], write: int) -> None:
+def _work(make: Make, numbers: list[int], folder: Path, write: int) -> None:
     """The worker: a line with its number before every case, and its result behind it."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as name, open(write, "w") as lines:
+    with (folder / STACK).open("w") as stack, open(write, "w") as lines:
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         make(numbers[0])  # what is made once is made before any clock runs
         for number in numbers:
             case = make(number)
@@ -124,7 +151,7 @@ def _work(make: Make, numbers: list[int], write: int) -> None:
             lines.flush()
             start = time.process_time()
             try:
-                told = judged(case, Path(name) / "case")
+                told = judged(case, folder / "case")
             except FaultError as error:
                 told = "fault", str(error)
             result = Result(number, *told, time.process_time() - start)

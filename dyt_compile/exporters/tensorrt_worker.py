@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import FULL
+
 __all__ = ["capability", "fused_layers", "main", "network_flags", "watch_parent"]
 
 LAYERS = "Layers:"
@@ -41,8 +43,17 @@ class FailedError(Exception):
 
 
 def main() -> None:
-    """Do what the request asks, and write the result."""
+    """Do what the request asks, and write the result; exits with the error of a full disk."""
     watch_parent()
+    try:
+        _answer()
+    except OSError as error:
+        if error.errno in FULL:
+            sys.exit(error.errno)
+        raise
+
+
+def _answer() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     work = {"read": _read, "build": _build, "time": _time}[request["verb"]]
     trt = _module(request["runtime"])

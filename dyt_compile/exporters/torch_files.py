@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,11 @@ def _save_program(graph: Any, path: Path) -> None:
 
     from ..nn import decompositions
 
-    torch.export.save(graph.program().run_decompositions(decompositions()), path)
+    decomposed = graph.program().run_decompositions(decompositions())
+    with _Patient(path, "wb") as file:
+        torch.export.save(decomposed, file)
+    if file.error is not None:
+        raise file.error
     program = torch.export.load(path).module(check_guards=False)
     with torch.no_grad():
         expected = graph.model(*graph.args, **graph.kwargs)
@@ -65,6 +70,22 @@ def _save_program(graph: Any, path: Path) -> None:
                     f"the program differs from the converted model by {difference:.3g}; "
                     f"allowed: {allowed:.3g}"
                 )
+
+
+class _Patient(io.FileIO):
+    """A file that keeps its error for later: torch ends the process where it meets one while it
+    closes an archive, as on a full disk."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        try:
+            while left and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return len(data)
 
 
 def _save_weights(graph: Any, path: Path) -> None:

@@ -30,7 +30,7 @@ from .onnx_derived import kept
 from .onnx_edits import make_edits
 from .onnx_files import externals, load, parse, settle, weights_as_inputs
 from .onnx_memory import most_bytes, sizes, weight_load
-from .onnx_precision import Names
+from .onnx_names import Names
 from .onnx_prepare import OLDEST_OPSET, prepare, restore
 from .onnx_quantize import Format, Product, write_products
 from .onnx_rows import lookup
@@ -215,7 +215,7 @@ class OnnxGraph:
     ) -> OnnxGraph:
         """A new graph with DyT at the given sites; the other weights are shared, not copied."""
         model, copies = self._copied()
-        names = Names(model)
+        names = Names.of_values(model)
 
         def hold(stored: Stored) -> ir.Value:
             return _initializer(model.graph, names, kept(stored, self.constant))

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from ..dyt import DOMAIN, FORMS, FUSED, VERSION, Form
+from .onnx_inlining import inline
 
 __all__ = ["LEAST_OPSET", "call", "declare", "function", "spell_out"]
 
@@ -65,7 +65,7 @@ def declare(model: ir.Model) -> None:
 def spell_out(model: ir.Model) -> None:
     """Write every form out as the operators of its body, in place; casts to the same type go."""
     known = set(model.graph)
-    common.InlinePass(lambda body: body.domain == DOMAIN)(model)
+    inline(model, lambda body: body.domain == DOMAIN)
     for node in [node for node in model.graph if node not in known]:
         if node.op_type == "CastLike" and not node.outputs[0].is_graph_output():
             x, like = (value for value in node.inputs if value is not None)

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from ..dyt import DOMAIN, FORMS, FUSED, fused_name
 from .onnx_constants import stored
 from .onnx_functions import OUTPUT_DTYPE, call, declare
-from .onnx_precision import Names
+from .onnx_inlining import inline
+from .onnx_names import Names
 
 __all__ = ["forms", "fuse", "unfuse"]
 
@@ -48,7 +48,7 @@ def fuse(model: ir.Model) -> Mapping[str, int]:
     keeps them. α, γ, β and the scale must be constants. The shapes are those that the model's
     values have.
     """
-    names = Names(model)
+    names = Names.of_values(model)
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type in FORMS:
             _fuse(model.graph, node, names)
@@ -61,8 +61,7 @@ def unfuse(model: ir.Model) -> bool:
     """Write every fused form out as the nodes that it stands for, in place; whether any was."""
     if not any(domain == DOMAIN and name in FUSED for domain, name, _ in model.functions):
         return False
-    inline = common.InlinePass(lambda body: body.domain == DOMAIN and body.name in FUSED)
-    return inline(model).modified
+    return inline(model, lambda body: body.domain == DOMAIN and body.name in FUSED)
 
 
 @dataclass(frozen=True)

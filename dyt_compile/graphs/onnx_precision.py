@@ -14,8 +14,9 @@ from ..changes import in_parts
 from ..dyt import DOMAIN, FORMS
 from .onnx_constants import Source
 from .onnx_derived import derived
+from .onnx_names import Names
 
-__all__ = ["NARROW", "Names", "holds", "narrow", "surface", "widen"]
+__all__ = ["NARROW", "holds", "narrow", "surface", "widen"]
 
 NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -82,7 +83,7 @@ def widen(
     accumulator; else the nodes' results are float32, and only what leaves the set is rounded.
     """
     chosen = None if nodes is None else set(nodes)
-    names = Names(model)
+    names = Names.of_values(model)
     for graph in _graphs(model):
         wide_of: dict[ir.Value, ir.Value] = {}
         for node in list(graph):
@@ -116,26 +117,6 @@ def _remove_unread(graph: ir.Graph, rounded: Iterable[ir.Value]) -> None:
             graph.remove(node, safe=True)
 
 
-class Names:
-    """Names that no value of a model has yet."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self._taken = {
-            value.name
-            for graph in _graphs(model)
-            for value in (*graph.inputs, *graph.initializers.values(), *_made(graph))
-        }
-
-    def free(self, wish: str) -> str:
-        """`wish`, or `wish` with a number behind it."""
-        name, number = wish, 1
-        while name in self._taken:
-            number += 1
-            name = f"{wish}_{number}"
-        self._taken.add(name)
-        return name
-
-
 def _narrowed(
     graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType, names: Names
 ) -> ir.Value:
@@ -167,7 +148,7 @@ BORDER = "dyt_compile.border"
 def surface(model: ir.Model, dtype: ir.DataType, *, outside: ir.DataType) -> None:
     """Give inputs and outputs of type `outside` the type float32, cast to `dtype` within."""
     graph = model.graph
-    names = Names(model)
+    names = Names.of_values(model)
     first = graph[0] if len(graph) else None
     weights = [value for value in graph.outputs if value.is_initializer()]
     for value in (*(v for v in graph.inputs if not v.is_initializer()), *weights):

@@ -4,13 +4,13 @@ ONNX Runtime fused with an Add taken apart, shapes and dtypes inferred."""
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from ..dyt import DOMAIN
 from ..errors import CaptureError
 from .onnx_constants import stored
 from .onnx_fused import fuse_again, take_apart
 from .onnx_fusion import unfuse
+from .onnx_inlining import inline
 from .onnx_shapes import infer_shapes, restore_shapes
 
 __all__ = ["OLDEST_OPSET", "prepare", "restore"]
@@ -37,7 +37,7 @@ def prepare(model: ir.Model) -> None:
             "(onnx.version_converter.convert_version makes it newer)"
         )
     if any(function.domain != DOMAIN for function in model.functions.values()):
-        common.InlinePass(lambda function: function.domain != DOMAIN)(model)
+        inline(model, lambda function: function.domain != DOMAIN)
     unfuse(model)
     take_apart(model)
     model.graph.sort()

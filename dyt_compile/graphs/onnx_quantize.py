@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from ..errors import RewriteError
 from .onnx_constants import stored
-from .onnx_precision import Names
+from .onnx_names import Names
 
 __all__ = ["FORMATS", "Format", "Product", "write_products"]
 
@@ -106,7 +106,7 @@ class _Writer:
         self._shared = shared
         self._graph = model.graph
         self._form = form
-        self._names = Names(model)
+        self._names = Names.of_values(model)
         self._activations: dict[ir.Value, list[ir.Value]] = {}
         self._readers: Counter[ir.Value] = Counter()
         self._narrow: dict[ir.Value, ir.Value] = {}

@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 from onnx.shape_inference import infer_node_outputs
 
+from ..memory import bounded
 from .onnx_constants import LARGEST, known, stored
 from .onnx_fused import MICROSOFT
 from .onnx_weights import outline
@@ -40,6 +41,10 @@ SHAPING: dict[str, tuple[int, ...]] = {
     "Slice": (1, 2, 3, 4),
 }  # fmt: skip
 """Operators, and the places of the inputs whose values lay down the shape of the output."""
+
+MOST_BYTES = 1 << 30
+"""Of memory for onnx's inference, which makes a list as long as the length of a vector; it takes a
+hundredth of that for a large model."""
 
 DECLARED = "dyt_compile.declared"
 """Where a value keeps the shape that the file gave it, None included."""
@@ -72,7 +77,8 @@ def _infer(model: ir.Model) -> None:
     onnx_ir's pass for that reads the whole inferred model again, as slowly as the file.
     """
     try:
-        inferred = onnx.shape_inference.infer_shapes(outline(model), data_prop=True)
+        with bounded(MOST_BYTES):
+            inferred = onnx.shape_inference.infer_shapes(outline(model), data_prop=True)
     except Exception:  # noqa: BLE001 - as onnx_ir's pass does; what is not known is refused later
         return
     found = {info.name: info.type for info in inferred.graph.value_info}

@@ -19,6 +19,9 @@ MICROSOFT = "com.microsoft"
 LARGEST = 1 << 22
 """Elements; larger tensors are weights, which stay in their files."""
 
+MOST_AXES = 64
+"""Of an array of NumPy."""
+
 QUANTIZED = "it is fused with the quantization of its input"
 IN_ATTENTION = "the norms of queries and keys are fused into the attention behind them"
 STATISTICS_READ = "its mean or its inverse deviation is read by another part of the model, too"
@@ -410,14 +413,13 @@ def _rms_norm(node: ir.Node) -> Said | None:
 
 
 def _trailing(node: ir.Node) -> tuple[int, ...] | None:
-    """The axes from `axis` on, counted from the end."""
+    """The axes from `axis` on, counted from the end; None where there is no such axis."""
     axis = node.attributes.get_int("axis", -1)
-    if axis >= 0:
-        shape = _first(node).shape
-        if shape is None:
-            return None
-        axis -= len(shape)
-    return tuple(range(axis, 0))
+    shape = _first(node).shape
+    if shape is None:
+        return tuple(range(axis, 0)) if -MOST_AXES <= axis < 0 else None
+    rank = len(shape)
+    return tuple(range(axis % rank - rank, 0)) if -rank <= axis < rank else None
 
 
 def _decimal(eps: float) -> float:

@@ -90,6 +90,15 @@ def test_engine_of_a_narrow_model_is_built(exports: Exports, tmp_path: Path, mod
     assert built(path, tmp_path).bytes > 1000
 
 
+def test_engine_is_written_where_a_relative_path_leads(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = exports(MODELS[0], "fp32").path
+    monkeypatch.chdir(tmp_path)
+    built(path, Path())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.plan", "model.plan.json"]
+
+
 @pytest.mark.parametrize("opset", [18, 23])
 def test_other_opsets_are_parsed(exports: Exports, opset: int) -> None:
     operators = read(exports("partly", "fp16", opset).path).operators

@@ -1,0 +1,81 @@
+"""Lengths and axes that no tensor has: they cost neither time nor memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import parser
+
+import dyt_compile
+from dyt_compile.memory import bounded
+
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it limits the address space"),
+]
+
+LONG = """
+<ir_version: 10, opset_import: ["": 20]>
+long (int64[1099511627776] x) => (int64[n] y) { y = Add(x, x) }
+"""
+
+MANY_AXES = """
+<ir_version: 10, opset_import: ["": 20]>
+axes (float x, float[16] w) => (float y) {
+    z = Reshape(x, x)
+    y = LayerNormalization<axis=AXIS>(z, w)
+}
+"""
+
+LIMIT_SECONDS = 10.0
+LIMIT_BYTES = 2 << 30
+
+
+def test_vector_of_absurd_length_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(parser.parse_model(LONG), path)
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # for the machine's sake
+        dyt_compile.inspect(path)
+        os._exit(0)
+    _, status, used = os.wait4(child, 0)
+    assert status == 0
+    assert used.ru_maxrss * 1024 < LIMIT_BYTES
+    assert used.ru_utime + used.ru_stime < LIMIT_SECONDS
+
+
+@pytest.mark.parametrize("axis", [-(2**62), -(2**31), -(2**24), -65, 2**62, 64])
+def test_norm_over_axes_that_no_tensor_has_is_none(axis: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(parser.parse_model(MANY_AXES.replace("AXIS", str(axis))), path)
+    start = time.process_time()
+    assert not dyt_compile.inspect(path).sites
+    assert time.process_time() - start < 1.0
+
+
+def test_memory_is_bounded_meanwhile_alone() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(MemoryError), bounded(64 << 20):
+        np.empty(256 << 20, np.uint8)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert np.empty(256 << 20, np.uint8).nbytes == 256 << 20
+
+
+def test_a_bound_that_is_there_is_kept() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    lower = 1 << 40
+    resource.setrlimit(resource.RLIMIT_AS, (lower, before[1]))
+    try:
+        with bounded(1 << 50):
+            assert resource.getrlimit(resource.RLIMIT_AS)[0] == lower
+        assert resource.getrlimit(resource.RLIMIT_AS)[0] == lower
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
