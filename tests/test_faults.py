@@ -89,6 +89,11 @@ def test_results_lost_nothing_and_killed_two_hundred() -> None:
         "convert", "export", "build", "calibrate", "recover"
     }  # fmt: skip
     assert results["recover"]["recover"]["worst_difference"] <= 1e-6
+    spilled = [t["steps"] for name, t in results["kills"].items() if "activations in" in name]
+    assert spilled
+    assert all(steps["open"] >= 20 for steps in spilled)
+    for part in ("disk", "targets", "pairs", "input", "memory", "packages"):
+        assert len(results[part]) >= 4
 
 
 @measured

@@ -47,7 +47,8 @@ KILLS = """\
 
 By SIGKILL before one of the steps in which they make, open, rename, remove or lock a file (all of
 them, or evenly spread), and at random times; and by the kernel within a write, at a random byte of
-a file (SIGXFSZ). In between nothing is cleaned up by hand. *Left over*: what one more run, which
+a file (SIGXFSZ; where that write is TensorRT's, in its own process, the run tells of it). In
+between nothing is cleaned up by hand. *Left over*: what one more run, which
 was not disturbed, left there beside what such a run leaves where none was killed.
 """
 
