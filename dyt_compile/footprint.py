@@ -30,9 +30,10 @@ from .projections import Projection
 from .ranks import current
 from .ridge import ROWS_PER_CHANNEL, TRIED
 from .shelf import MEMORY_BYTES
-from .sitefits import SiteFit, rows_dtype
+from .sitefits import SiteFit
 from .sites import NormSite
 from .terms import Value
+from .walk import rows_dtype
 
 Fitted = TypeVar("Fitted", SiteFit, Refit)
 

@@ -11,16 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .dyt import DytParameters, Mix
-from .fits import CHUNK, ROWS, Fit, RowSample, fit_diagonal, held_as, relative_error
-from .graphs.base import numpy_dtype
+from .fits import CHUNK, ROWS, Fit, RowSample, fit_diagonal, relative_error
 from .ranks import ALONE, Ranks
 from .ridge import FullFit, GramSums, refit_full
 from .scatter import Scatter
-from .sites import NormSite
 
 __all__ = [
     "SiteFit", "SiteSums", "chosen", "extended", "fit_site", "follow", "median_and_peak", "refit",
-    "rows_dtype", "sigma",
+    "sigma",
 ]  # fmt: skip
 
 Rows = npt.NDArray[Any]
@@ -159,11 +157,6 @@ def extended(prefix: str, place: int, fit: SiteFit) -> str:
     for name, array in fit.arrays().items():
         hasher.update(name.encode() + array.tobytes())
     return hasher.hexdigest()
-
-
-def rows_dtype(site: NormSite) -> np.dtype[Any]:
-    """In which the rows of a site are sampled."""
-    return held_as(*(numpy_dtype(value.dtype) for value in (site.input, site.output)))
 
 
 def sigma(rows: Rows, *, centred: bool) -> npt.NDArray[np.float64]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from .data import Part, attention_mask, dealt, sample_keys
 from .dyt import DytParameters, Mix, evaluate
 from .fits import Keys, RowSample, held_as
-from .graphs.base import Graph
+from .graphs.base import Graph, numpy_dtype
 from .graphs.cuts import Point, Stage
 from .ranks import current
 from .shelf import Kept, Shelf
@@ -25,7 +25,7 @@ from .sitefits import SiteFit
 from .sites import NormSite
 from .terms import Value
 
-__all__ = ["Lane", "Layout", "Walk"]
+__all__ = ["Lane", "Layout", "Walk", "rows_dtype"]
 
 Array = npt.NDArray[np.float32]
 Rows = npt.NDArray[Any]
@@ -156,6 +156,11 @@ class Walk:
 
     def _lanes(self) -> list[Lane]:
         return [self.original, self.converted] if self.parted else [self.original]
+
+
+def rows_dtype(site: NormSite) -> np.dtype[Any]:
+    """In which the rows of a site are sampled."""
+    return held_as(*(numpy_dtype(value.dtype) for value in (site.input, site.output)))
 
 
 def _channels(site: NormSite) -> list[int]:

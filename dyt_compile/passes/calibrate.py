@@ -42,13 +42,12 @@ from ..sitefits import (
     fit_site,
     follow,
     median_and_peak,
-    rows_dtype,
     sigma,
 )
 from ..sites import Match, NormKind, NormSite
 from ..survey import Look
 from ..terms import Value
-from ..walk import Walk
+from ..walk import Walk, rows_dtype
 
 __all__ = ["calibrate", "fingerprint", "observing", "survey"]
 
