@@ -313,6 +313,7 @@ def calibrate(
     lie in a .safetensors file, in the shards of a .safetensors.index.json, or in a folder of them.
     memory: what the process may hold, such as "8GB": batches are run in parts and values go to
     temporary files as that demands, or it is refused before anything is run, with what it takes.
+    Linear layers whose refit takes more stay; a warning of the logger "dyt_compile" names them.
 
     Raises OptionError, CaptureError, DataError.
     """

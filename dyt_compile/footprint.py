@@ -263,10 +263,11 @@ def full_bytes(channels: int, *, keep_sums: bool) -> int:
 
 
 def _refitting(layer: Projection, sizes: Mapping[Value, int]) -> int:
-    """At a linear layer: what `refits` makes, and the rows of a batch."""
+    """At a linear layer: what `refits` makes, the fit of a site behind it, the rows of a batch."""
     read, put = (int(size or 0) for size in layer.shape)
     streamed = 2 * STREAMED * _elements(layer.output, sizes)
-    return streamed + read * (SQUARES * read + PRODUCTS * put)
+    behind = 0 if layer.site is None else 8 * put * ROWS + diagonal_bytes(put)
+    return streamed + behind + read * (SQUARES * read + PRODUCTS * put)
 
 
 def _sample_bytes(site: NormSite, *, full: bool) -> int:
