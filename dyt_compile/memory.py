@@ -46,8 +46,9 @@ def give_back() -> None:
     """Give the system what is freed and held for later: glibc does so from the end of a heap alone,
     below which one small block may keep hundreds of megabytes."""
     gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    loaded = ctypes.pythonapi  # this process: glibc is in it already, or its like without a trim
+    if sys.platform == "linux" and hasattr(loaded, "malloc_trim"):
+        loaded.malloc_trim(0)
 
 
 def resident_bytes() -> int:

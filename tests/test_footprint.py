@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from dyt_compile.dyt import evaluate
 from dyt_compile.errors import OptionError
 from dyt_compile.fits import ROWS, fit_diagonal
 from dyt_compile.footprint import diagonal_bytes, full_bytes
-from dyt_compile.memory import parse_bytes, resident_bytes, told_bytes
+from dyt_compile.memory import give_back, parse_bytes, resident_bytes, told_bytes
 from dyt_compile.passes.calibrate import calibrate
 from dyt_compile.passes.capture import capture
 from dyt_compile.passes.match import match
@@ -58,6 +59,21 @@ def test_memory_of_this_process_is_known() -> None:
     held = np.ones(1 << 24)
     assert resident_bytes() - before > 0.9 * held.nbytes
     assert told_bytes(1_240_000_000) == "1.24 GB"
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.pythonapi, "malloc_trim"), reason="this libc gives memory back by itself"
+)
+def test_what_is_freed_is_given_back() -> None:
+    freed, held = [], []
+    for _ in range(2000):  # what is held lies between what is freed
+        freed.append(bytearray(60_000))
+        held.append(bytearray(2_000))
+    before = resident_bytes()
+    freed.clear()
+    give_back()
+    assert before - resident_bytes() > 80_000_000
+    assert len(held) == 2000
 
 
 def test_batches_are_cut_and_hold_the_same_samples() -> None:
