@@ -62,8 +62,9 @@ def works(asked: argparse.Namespace) -> dict[str, Callable[[], Work]]:
     large = "vit_tiny_patch16_384"
     return {
         "calibrate": lambda: calibration(asked.images),
+        "calibrate, 512 images": lambda: calibration(512),
         "recover": lambda: recovery(SMALL, 224, asked.steps),
-        "recover, 384 pixels": lambda: recovery(large, 384, asked.steps // 2),
+        "recover, 384 pixels": lambda: recovery(large, 384, 2 * asked.steps),
         "recover --train dyt": lambda: recovery(SMALL, 224, asked.steps, "dyt"),
     }
 
@@ -133,7 +134,9 @@ def main() -> None:
     """Start the processes, or be one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
     parser.add_argument("--images", type=int, default=128, help="to calibrate on")
-    parser.add_argument("--steps", type=int, default=48, help="of recovery, half at 384 pixels")
+    parser.add_argument(
+        "--steps", type=int, default=48, help="of recovery, twice as many at 384 pixels"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="WORK")
     asked = parser.parse_args()
