@@ -28,14 +28,14 @@ from .errors import DytCompileError, ExportError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["FULL", "Arrays", "check_writable", "replaced", "work_folder", "write_arrays"]
+__all__ = ["DISK_FULL", "Arrays", "check_writable", "replaced", "work_folder", "write_arrays"]
 
 PREFIX = ".dyt-compile-"
 
 LOCK = f"{PREFIX}lock"
 """In a work folder: somebody needs it. Beside a target: somebody renames there."""
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Numbers of the errors by which a disk says that it takes no more."""
 
 PROBE_BYTES = 1 << 20
@@ -208,12 +208,12 @@ def _is_free(place: Path, path: Path) -> bool:
 def _full(error: Exception, folder: Path) -> int | None:
     """The number of the error if the disk was full, whatever the library that met it made of it."""
     number = getattr(error, "errno", None)
-    if number in FULL:
+    if number in DISK_FULL:
         return int(number)
     try:
         (folder / "probe").write_bytes(bytes(PROBE_BYTES))
     except OSError as found:
-        return found.errno if found.errno in FULL else None
+        return found.errno if found.errno in DISK_FULL else None
     return None
 
 

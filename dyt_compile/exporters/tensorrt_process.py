@@ -15,7 +15,7 @@ from typing import Any
 
 from ..dyt import DOMAIN
 from ..errors import ExportError, MissingDependencyError, OptionError
-from ..files import FULL, work_folder
+from ..files import DISK_FULL, work_folder
 
 __all__ = ["RUNTIMES", "Runtime", "call", "installed"]
 
@@ -82,7 +82,7 @@ def call(runtime: Runtime, what: str, request: Mapping[str, Any]) -> dict[str, A
             env=_environment(runtime, folder, os.environ),
             stdin=pipe, capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip
-        if done.returncode in FULL:
+        if done.returncode in DISK_FULL:
             raise ExportError(f"cannot write, while {what}: {os.strerror(done.returncode)}")
         if not answered.exists():
             raise ExportError(f"{runtime.title} ended while {what}: {_last_words(done)}")

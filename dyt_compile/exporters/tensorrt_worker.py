@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import FULL
+from ..files import DISK_FULL
 
 __all__ = ["capability", "fused_layers", "main", "network_flags", "watch_parent"]
 
@@ -48,7 +48,7 @@ def main() -> None:
     try:
         _answer()
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             sys.exit(error.errno)
         raise
 

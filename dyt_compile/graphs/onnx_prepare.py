@@ -38,9 +38,9 @@ def prepare(model: ir.Model) -> None:
         )
     if any(function.domain != DOMAIN for function in model.functions.values()):
         inline(model, lambda function: function.domain != DOMAIN)
+    model.graph.sort()  # first: taken apart, a fused node that reads its own output is no cycle
     unfuse(model)
     take_apart(model)
-    model.graph.sort()
     _correct_constants(model)
     _correct_lengths(model)
     infer_shapes(model)
