@@ -1,8 +1,9 @@
 """Table 7 of the DyT paper and ours, on this machine's GPU: `python -m benchmarks.gpu`.
 
-LLaMA 7B in bfloat16, one sequence of 4096 tokens, 100 passes after ten that are not counted: one
-norm, and the whole model; eager, compiled by Inductor, and as TensorRT engines, native and with the
-plugin, folded and in FP8. Writes the medians as JSON, and a plot of them.
+LLaMA 7B in bfloat16, one sequence of 4096 tokens, 100 passes after some that are not counted: one
+norm, and the whole model; eager and compiled by Inductor, pass by pass in turn, and as TensorRT
+engines (`--runtime none` leaves them out), native and with the plugin, folded and in FP8. Writes
+the medians as JSON, and a plot of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from dyt_compile.errors import DytCompileError
 from dyt_compile.exporters.engine_timing import PASSES
@@ -22,9 +24,13 @@ from dyt_compile.exporters.tensorrt_process import RUNTIMES
 from dyt_compile.exporters.tensorrt_worker import capability
 from dyt_compile.files import replaced
 
-from .models import LLAMA_7B, NORMS, SMALL, Size, embeddings, layer, model, onnx_files
+from .models import LLAMA_7B, NORMS, SMALL, Size, embeddings, folded, layer, model, onnx_files
 from .plot import draw
-from .times import Row, engine_rows, torch_rows
+from .times import Row, Way, engine_rows, torch_rows
+
+ENGINES = ("RMSNorm", "LayerNorm", "DyT")
+"""Norms that engines are built with: our operator is exported as DyT is."""
+NO_ENGINES = "none"
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu.json"
 
@@ -47,21 +53,32 @@ class Options:
 
 
 def measure(options: Options, folder: Path) -> list[Row]:
-    """Every row of the table, one norm after another."""
+    """Every row of the table: torch's ways in turn, then the engines, one norm after another."""
     rows = []
-    for norm in NORMS:
-        for what, made in (("layer", layer), ("model", model)):
-            built = made(options.size, norm)
-            x = embeddings(options.size, options.size.tokens)
-            rows += torch_rows(what, norm, built, x, options.passes)
-            files = onnx_files(built, options.size, folder, f"{what}-{norm}")
-            del built
-            torch.cuda.empty_cache()
+    x = embeddings(options.size, options.size.tokens, "cuda")
+    for what, made in (("layer", layer), ("model", model)):
+        models = {norm: made(options.size, norm, "cuda") for norm in NORMS}
+        rows += torch_rows(what, _ways(what, models, x), x, options.passes)
+        for norm in ENGINES if options.runtime != NO_ENGINES else ():
+            files = onnx_files(models[norm], options.size, folder, f"{what}-{norm}")
             rows += engine_rows(
                 what, norm, files, tuple(x.shape), folder, options.runtime,
                 options.plugin_library, options.passes,
             )  # fmt: skip
+        del models
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
     return rows
+
+
+def _ways(what: str, models: dict[str, nn.Module], x: Tensor) -> dict[tuple[str, str], Way]:
+    """Each norm eager and compiled by Inductor; and DyT recognised and folded, compiled."""
+    ways: dict[tuple[str, str], Way] = {}
+    for norm, made in models.items():
+        ways |= {(norm, "eager"): made, (norm, "compiled"): torch.compile(made)}
+    if what == "model":
+        ways["DyT", "folded, compiled"] = torch.compile(folded(models["DyT"], x))
+    return ways
 
 
 def report(options: Options, rows: list[Row]) -> dict[str, object]:
@@ -82,7 +99,7 @@ def main() -> None:
     """Measure, and write JSON and a plot; without a GPU one line and status 1."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=RESULTS, help="JSON; a plot beside it")
-    parser.add_argument("--runtime", choices=RUNTIMES, default="tensorrt")
+    parser.add_argument("--runtime", choices=(*RUNTIMES, NO_ENGINES), default="tensorrt")
     parser.add_argument("--plugin-library", type=Path, help="of dyt-compile plugin build")
     parser.add_argument("--passes", type=int, default=PASSES)
     parser.add_argument("--small", action="store_true", help="a tiny LLaMA, to try the run")

@@ -13,10 +13,21 @@ from torch.export import Dim
 from transformers import LlamaConfig, LlamaModel
 
 import dyt_compile
+import dyt_compile.nn as dyt_nn
 from dyt_compile.exporters.onnx import write
 from tests.quantize import quantize
 
-__all__ = ["LLAMA_7B", "NORMS", "SMALL", "Size", "embeddings", "layer", "model", "onnx_files"]
+__all__ = [
+    "LLAMA_7B",
+    "NORMS",
+    "SMALL",
+    "Size",
+    "embeddings",
+    "folded",
+    "layer",
+    "model",
+    "onnx_files",
+]
 
 SHORT = 8
 """Tokens of the example that a file is traced and checked with; its sequence axis is dynamic."""
@@ -56,7 +67,9 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "RMSNorm": lambda width: nn.RMSNorm(width, eps=1e-6),
     "LayerNorm": lambda width: nn.LayerNorm(width, eps=1e-6),
     "DyT": DyT,
+    "DynamicTanh": lambda width: dyt_nn.DynamicTanh(width, 0.8),
 }
+"""DynamicTanh: the same as DyT, by the operator of this package."""
 
 
 class Layer(nn.Module):
@@ -95,20 +108,28 @@ class Llama(nn.Module):
         return hidden
 
 
-def layer(size: Size, norm: str) -> nn.Module:
+def layer(size: Size, norm: str, device: str = "cpu") -> nn.Module:
     """One norm in bfloat16."""
-    return Layer(NORMS[norm](size.hidden)).to(torch.bfloat16).eval()
+    return Layer(NORMS[norm](size.hidden)).to(device, torch.bfloat16).eval()
 
 
-def model(size: Size, norm: str) -> nn.Module:
+def model(size: Size, norm: str, device: str = "cpu") -> nn.Module:
     """A LLaMA of random weights in bfloat16."""
     torch.manual_seed(0)
-    return Llama(size, NORMS[norm]).to(torch.bfloat16).eval()
+    with torch.device(device):
+        return Llama(size, NORMS[norm]).to(torch.bfloat16).eval()
 
 
-def embeddings(size: Size, tokens: int) -> Tensor:
+def embeddings(size: Size, tokens: int, device: str = "cpu") -> Tensor:
     """One sequence in bfloat16."""
-    return torch.randn(1, tokens, size.hidden, dtype=torch.bfloat16)
+    return torch.randn(1, tokens, size.hidden, dtype=torch.bfloat16, device=device)
+
+
+def folded(built: nn.Module, x: Tensor) -> nn.Module:
+    """A model with DyT, recognised and folded, as torch runs it."""
+    conversion = dyt_compile.convert(built, example=(x,))
+    made: nn.Module = conversion.model
+    return made
 
 
 def onnx_files(built: nn.Module, size: Size, folder: Path, name: str) -> dict[str, Path]:
@@ -117,15 +138,16 @@ def onnx_files(built: nn.Module, size: Size, folder: Path, name: str) -> dict[st
     The norms stay and DyT is recognised: nothing is fitted, so all files compute the same, but for
     the rounding of "fp8".
     """
-    example = ((embeddings(size, SHORT),), {})
+    device = next(built.parameters()).device.type
+    example = ((embeddings(size, SHORT, device),), {})
     axes = ({1: Dim.DYNAMIC},)
     files = {}
     conversion = dyt_compile.convert(built, example=example, dynamic_shapes=axes, fold=False)
     files["exact"] = dyt_compile.export_onnx(conversion, folder / f"{name}.onnx").path
     holds_dyt = any(site.kind.lossless for site in conversion.match.sites)
     if holds_dyt and isinstance(built, Llama):
-        folded = dyt_compile.convert(built, example=example, dynamic_shapes=axes)
-        files["folded"] = dyt_compile.export_onnx(folded, folder / f"{name}-folded.onnx").path
+        made = dyt_compile.convert(built, example=example, dynamic_shapes=axes)
+        files["folded"] = dyt_compile.export_onnx(made, folder / f"{name}-folded.onnx").path
         files["fp8"] = folder / f"{name}-fp8.onnx"
         file = ir.load(files["exact"])
         quantize(file, ir.DataType.FLOAT8E4M3FN)

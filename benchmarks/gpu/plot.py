@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["draw"]
 
-COLOURS = {"RMSNorm": "#4c72b0", "LayerNorm": "#8c8c8c", "DyT": "#dd8452"}
+COLOURS = {"RMSNorm": "#4c72b0", "LayerNorm": "#8c8c8c", "DyT": "#dd8452", "DynamicTanh": "#c44e52"}
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:

@@ -46,26 +46,32 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel on so many elements."""
+    """One kernel on so many rows of so many channels."""
 
     title: str
-    elements: int
+    rows: int
+    columns: int
     dtype: str
     out: str
     squash: str = "tanh"
     residual: bool = False
 
+    @property
+    def elements(self) -> int:
+        """Of x."""
+        return self.rows * self.columns
 
-LLAMA, VIT = 4096 * 4096, 64 * 197 * 768
+
+LLAMA, VIT = (4096, 4096), (64 * 197, 768)
 CASES = (
-    Case("LLaMA-7B, 4096 tokens: DyT", LLAMA, "bf16", "bf16"),
-    Case("LLaMA-7B, 4096 tokens: AddDyT", LLAMA, "bf16", "bf16", residual=True),
-    Case("LLaMA-7B, 4096 tokens: AddDyTQuantize", LLAMA, "bf16", "fp8", residual=True),
-    Case("LLaMA-7B, 4096 tokens: AddDyTQuantize", LLAMA, "bf16", "int8", residual=True),
-    Case("LLaMA-7B, 4096 tokens: Derf", LLAMA, "bf16", "bf16", "erf"),
-    Case("LLaMA-7B, 4096 tokens: DyT", LLAMA, "fp32", "fp32"),
-    Case("ViT-B, 64 images: DyT", VIT, "fp16", "fp16"),
-    Case("ViT-B, 64 images: AddDyTQuantize", VIT, "fp16", "int8", residual=True),
+    Case("LLaMA-7B, 4096 tokens: DyT", *LLAMA, "bf16", "bf16"),
+    Case("LLaMA-7B, 4096 tokens: AddDyT", *LLAMA, "bf16", "bf16", residual=True),
+    Case("LLaMA-7B, 4096 tokens: AddDyTQuantize", *LLAMA, "bf16", "fp8", residual=True),
+    Case("LLaMA-7B, 4096 tokens: AddDyTQuantize", *LLAMA, "bf16", "int8", residual=True),
+    Case("LLaMA-7B, 4096 tokens: Derf", *LLAMA, "bf16", "bf16", "erf"),
+    Case("LLaMA-7B, 4096 tokens: DyT", *LLAMA, "fp32", "fp32"),
+    Case("ViT-B, 64 images: DyT", *VIT, "fp16", "fp16"),
+    Case("ViT-B, 64 images: AddDyTQuantize", *VIT, "fp16", "int8", residual=True),
 )
 
 
@@ -100,6 +106,11 @@ def predict(kernel: Kernel, elements: int, device: Device) -> Prediction:
         issue_us=passes / WARP * len(loop) / (ISSUED_PER_CYCLE * cycles) * 1e6,
         mufu_us=passes * mufu / (MUFU_PER_CYCLE * cycles) * 1e6,
     )
+
+
+def predicted(library: Path, case: Case, device: Device) -> Prediction:
+    """The same for the kernel of a library that takes a case."""
+    return predict(_kernel(kernels(library), case, device), case.elements, device)
 
 
 def apart(case: Case, device: Device) -> float:

@@ -8,36 +8,51 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyt_compile.exporters.benchmark import time_model
 
-__all__ = ["Row", "engine_rows", "torch_rows"]
+__all__ = ["Row", "Way", "engine_rows", "torch_rows"]
 
-WARM_UP = 10
+WARM_UP = 3
+
+Way = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Row:
-    """what: "layer" or "model"; way: how it ran; median_ms: of a pass; kernels: of an engine."""
+    """what: "layer" or "model"; way: how it ran; median_ms, quarters_ms: of a pass; kernels: of an
+    engine."""
 
     what: str
     norm: str
     way: str
     median_ms: float
+    quarters_ms: tuple[float, float] | None = None
     kernels: int | None = None
 
 
-def torch_rows(what: str, norm: str, model: nn.Module, x: Tensor, passes: int) -> list[Row]:
-    """Eager, and compiled by Inductor."""
-    on_gpu, x = model.cuda(), x.cuda()
-    ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "eager": on_gpu,
-        "compiled": torch.compile(on_gpu),
-    }
-    rows = [Row(what, norm, way, timed(run, x, passes)) for way, run in ways.items()]
-    model.cpu()
-    return rows
+@torch.no_grad()
+def torch_rows(what: str, ways: Mapping[tuple[str, str], Way], x: Tensor, passes: int) -> list[Row]:
+    """A row for every (norm, way), one pass of each in turn."""
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in ways}
+    for number in range(WARM_UP + passes):
+        for name, run in ways.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run(x)
+            end.record()
+            end.synchronize()
+            if number >= WARM_UP:
+                times[name].append(begin.elapsed_time(end))
+    return [
+        Row(what, *name, statistics.median(each), _quarters(each)) for name, each in times.items()
+    ]
+
+
+def _quarters(values: list[float]) -> tuple[float, float]:
+    first, _, third = statistics.quantiles(values, n=4)
+    return first, third
 
 
 def engine_rows(
@@ -52,25 +67,10 @@ def engine_rows(
 ) -> list[Row]:
     """TensorRT engines of every file, native and with the plugin where it has a node for it."""
     return [
-        Row(what, norm, f"{name} {timing.lowering}", timing.median_ms, timing.kernels)
+        Row(what, norm, f"{name} {timing.lowering}", timing.median_ms, kernels=timing.kernels)
         for name, path in files.items()
         for timing in time_model(
             path, folder, runtime=runtime, shapes={"x": shape}, plugin_library=plugin_library,
             passes=passes,
         )
     ]  # fmt: skip
-
-
-@torch.no_grad()
-def timed(run: Callable[[Tensor], Tensor], x: Tensor, passes: int) -> float:
-    """The median milliseconds of a pass, by CUDA events."""
-    times = []
-    for place in range(WARM_UP + passes):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run(x)
-        end.record()
-        end.synchronize()
-        if place >= WARM_UP:
-            times.append(begin.elapsed_time(end))
-    return statistics.median(times)

@@ -230,5 +230,12 @@ def environment() -> dict[str, str]:
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in ("dyt-compile", "torch", "numpy", "onnx", "onnx-ir", "onnxruntime"):
         if importlib.util.find_spec(name.replace("-", "_")) is not None:
-            found[name] = metadata.version(name)
+            found[name] = _version(name)
     return found
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # onnxruntime-gpu has that module too; our own sources
+        return str(importlib.import_module(name.replace("-", "_")).__version__)

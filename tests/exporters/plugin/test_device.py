@@ -1,21 +1,29 @@
-"""The kernels on a GPU: their numbers, and the hardware's tanh itself over all narrow values."""
+"""On a GPU: the plugin from creator to enqueue, its kernels, and the hardware's own tanh."""
 
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from dyt_compile.dyt import FORMS
+from benchmarks.gpu import kernels
+from benchmarks.gpu.predict import Case
+from dyt_compile.dyt import FORMS, Form
+from dyt_compile.exporters.plugin.build import SOURCES
 from dyt_compile.exporters.plugin.entry import Entry, ceil_div, entry, layout, ptx
 
-from .host import BF16, Array
+from .conftest import CPP
+from .host import BF16, OUTPUT_DTYPES, Array, Host
 from .nodes import NAMES, NODES, Node
-from .reference import HARDWARE_TANH, ROUNDING, SMALLEST, added, outside
+from .reference import HARDWARE_TANH, ROUNDING, SMALLEST, added, outside, samples
+from .test_numbers import CASES
 
 driver = pytest.importorskip("cuda.bindings.driver")
 
@@ -118,3 +126,64 @@ def test_hardware_tanh_of_all_narrow_inputs_keeps_the_bound(
     relative = HARDWARE_TANH + ROUNDING[dtype] * (1 + HARDWARE_TANH)
     bound = np.abs(exact) * relative + SMALLEST[dtype]
     assert (np.abs(found - exact) <= bound)[~np.isnan(exact)].all()
+
+
+@pytest.fixture(scope="module")
+def library(nvcc: Path, headers: Path, device: Device, tmp_path_factory: Any) -> Host:
+    """The plugin for this GPU, with the driver that leads its life."""
+    out = tmp_path_factory.mktemp("device") / "libdyt_device.so"
+    command = [
+        str(nvcc), "-std=c++17", "-O2", "-shared", "-cudart=static", "-Xcompiler=-fPIC",
+        f"-arch=sm_{device.arch}", f"-I{SOURCES}", "-isystem", str(headers), "-o", str(out),
+        str(SOURCES / "plugin.cu"), str(CPP / "driver.cpp"),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    return Host(out)
+
+
+def pinned(array: Array) -> Array:
+    """A copy in memory that host and GPU both read at the same address."""
+    memory = torch.empty(max(array.nbytes, 1), dtype=torch.uint8, pin_memory=True).numpy()
+    made = memory[: array.nbytes].view(array.dtype).reshape(array.shape)
+    made[...] = array
+    return made
+
+
+@pytest.mark.parametrize(("operator", "dtype", "out"), CASES)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3, 5, 64), -1), ((300, 7), -1), ((2, 6, 4, 8), -3), ((2, 5, 3, 7), -3)],
+    ids=str,
+)  # fmt: skip
+def test_plugin_lives_on_the_gpu(
+    library: Host,
+    operator: Form,
+    dtype: np.dtype[Any],
+    out: np.dtype[Any],
+    shape: tuple[int, ...],
+    axis: int,
+) -> None:
+    inputs = samples(operator, shape, dtype, axis=axis, per_channel=True)
+    given = [pinned(inputs[name]) for name in operator.inputs]
+    outputs = [pinned(np.zeros(shape, out))]
+    if operator.residual:
+        outputs.append(pinned(np.zeros(shape, dtype)))
+    kind = OUTPUT_DTYPES[out] if operator.quantized else 0
+    library.run(operator.name, given, outputs, kind)
+    torch.cuda.synchronize()
+    assert not outside(operator, inputs, outputs[0]).any()
+    for total in outputs[1:]:
+        np.testing.assert_array_equal(total.view(np.uint8), added(inputs).view(np.uint8))
+
+
+def test_more_elements_than_32_bits_count(nvcc: Path, tmp_path: Path) -> None:
+    case = Case("large", 2**19 + 3, 4096, "bf16", "bf16", residual=True)
+    held = kernels.weights(case)
+    x, residual = (
+        torch.randn(case.rows, case.columns, device="cuda", dtype=torch.bfloat16) for _ in "xr"
+    )
+    found = kernels.plugin_way(kernels.built(tmp_path), case, held)(x, residual)
+    torch.cuda.synchronize()
+    last = slice(case.rows - 64, case.rows)
+    parts = [tensor[last] for tensor in (x, residual, *found)]
+    few = Case("last", 64, case.columns, "bf16", "bf16", residual=True)
+    assert kernels.wrong(few, held, parts[0], parts[1], parts[2:]) == 0
