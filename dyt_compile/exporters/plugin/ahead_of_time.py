@@ -1,8 +1,8 @@
 """Experimental: the plugins without a library, as PTX inside the engine (TensorRT 10.9 or newer).
 
 TensorRT's `tensorrt.plugin` asks for a kernel and its launch while an engine is built, and keeps
-both in the engine, which then needs nothing else to run. The kernel is that of the library. It
-never ran on a GPU yet.
+both in the engine, which then needs nothing else to run. The kernel is that of the library. As an
+engine it never ran yet.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ BROKEN_TENSORRT = (10, 14)
 """Ahead-of-time plugins do not work there."""
 
 OUTPUT_DTYPE = "output_dtype"
-BLOCKS = 16 * 132
-"""That a launch asks for, where its shape is known: what an H100 takes in some five rounds."""
+MULTIPROCESSORS = 132
+"""Of an H100: the device is not known here."""
 LARGEST_GRID = 65535
 
 NARROW = {3: "INT8", 17: "FP8"}
@@ -153,10 +153,13 @@ def _launch(quick: Any, kernel: Entry, rows: Any, planes: Any, columns: Any) -> 
     """As launch.cuh has it, but for a number of multiprocessors that is not known here."""
     x = quick.cdiv(columns, kernel.width * kernel.across)
     z = quick.min(planes, LARGEST_GRID)
-    known = (_size(x) or 1) * (_size(z) or 1)
-    wanted = min(ceil_div(BLOCKS, known), LARGEST_GRID)
+    rows_of_block, most = kernel.down * kernel.rows_at_once, LARGEST_GRID
+    if kernel.resident:
+        known = (_size(x) or 1) * (_size(z) or 1)
+        rows_of_block = kernel.down
+        most = min(ceil_div(MULTIPROCESSORS * kernel.resident, known), LARGEST_GRID)
     launch = quick.KernelLaunchParams()
     launch.block_x, launch.block_y = kernel.across, kernel.down
     launch.grid_x, launch.grid_z = x, z
-    launch.grid_y = quick.min(quick.cdiv(rows, kernel.down), wanted)
+    launch.grid_y = quick.min(quick.cdiv(rows, rows_of_block), most)
     return launch

@@ -17,8 +17,10 @@ __all__ = ["Entry", "Layout", "Size", "ceil_div", "entry", "layout", "ptx"]
 Size = int | None
 """A length; None where it is known at run time only."""
 
-THREADS = 256
+THREADS = 128
 ACCESS_BYTES = 16
+MOST_AT_ONCE = 32
+"""Bytes of x in a row, beyond which one row is all that a thread takes at once."""
 
 BYTES = {"float": 4, "Half": 2, "BFloat16": 2, "Int8": 1, "Float8": 1}
 """Of the types by their names in core.cuh."""
@@ -72,16 +74,18 @@ class Entry:
     """A kernel: its name, its source, and the shape of its blocks.
 
     parameters: C types and names in order: inputs, then rows, planes and columns as int, then
-    outputs. width: elements that a thread takes at once; across, down: threads of a block over the
-    columns and over the rows.
+    outputs. width: elements that a thread takes at once, and rows_at_once: of so many rows; across,
+    down: threads of a block over the columns and over the rows; resident: as in launch.cuh.
     """
 
     name: str
     source: str
     parameters: tuple[tuple[str, str], ...]
     width: int
+    rows_at_once: int
     across: int
     down: int
+    resident: int
 
 
 def entry(form: Form, dtype: str, out: str, laid: Layout, columns: Sequence[Size]) -> Entry:
@@ -108,8 +112,10 @@ def entry(form: Form, dtype: str, out: str, laid: Layout, columns: Sequence[Size
         source=_source(name, form, dtype, out, laid, parameters, width),
         parameters=parameters,
         width=width,
+        rows_at_once=1 if wide * BYTES[dtype] > MOST_AT_ONCE else 2,
         across=across,
         down=THREADS // across,
+        resident=(3 if form.quantized else 5) if form.squash == "erf" else 0,
     )
 
 
@@ -131,13 +137,14 @@ def _source(
         f"arguments.{each} = {{{each}, dyt::Along::{laid.along[each]}}};"
         for each in form.parameters
     ]
-    kinds = ", ".join(kind if kind == "float" else f"dyt::{kind}" for kind in (dtype, out))
+    kinds = ", ".join(map(_cpp, (dtype, out)))
     squash = f"dyt::Squash::k{form.squash.capitalize()}"
+    bounds = f"dyt::kTHREADS, dyt::kBLOCKS_AT_ONCE<{_cpp(out)}, {squash}>"
     flag = str(form.residual).lower()
     return "\n".join(
         [
             '#include "kernel.cuh"',
-            f'extern "C" __global__ void __launch_bounds__({THREADS}) {name}({taken})',
+            f'extern "C" __global__ void __launch_bounds__({bounds}) {name}({taken})',
             "{",
             "    dyt::Arguments arguments{};",
             *(f"    {line}" for line in lines),
@@ -146,6 +153,10 @@ def _source(
             "",
         ]
     )
+
+
+def _cpp(kind: str) -> str:
+    return kind if kind == "float" else f"dyt::{kind}"
 
 
 def ptx(source: str, arch: int) -> bytes:

@@ -10,7 +10,7 @@
 namespace dyt
 {
 
-constexpr int kTHREADS = 256;
+constexpr int kTHREADS = 128;
 constexpr int kACCESS_BYTES = 16;
 
 // Elements that a thread takes at once: 16 bytes of the narrowest type.
@@ -201,13 +201,14 @@ DYT_INLINE void squash_to(
     result.store(to);
 }
 
-// What keeps memory busy are bytes on their way: a thread that takes eight elements asks for two rows
-// before it needs the first; one that takes sixteen asks for as much with one row.
-template <typename Out>
-constexpr int kROWS_AT_ONCE = kQUANTIZED<Out> ? 1 : 2;
-// Blocks that share the 65,536 registers of a multiprocessor: 128 or 80 for a thread, none spilled.
+// What keeps memory busy are bytes on their way: a thread asks for two rows before it needs the
+// first, but for no more than 64 bytes of x.
+template <typename T, typename Out>
+constexpr int kROWS_AT_ONCE = kWIDTH<T, Out> * sizeof(T) > 32 ? 1 : 2;
+// Blocks that share the 65,536 registers of a multiprocessor, so that none is spilled: erf takes more.
+// These and the grid of launch.cuh are the fastest of some that were measured (docs/plugin.md).
 template <typename Out, Squash squash>
-constexpr int kBLOCKS_AT_ONCE = kQUANTIZED<Out> || squash == Squash::kErf ? 2 : 3;
+constexpr int kBLOCKS_AT_ONCE = (kQUANTIZED<Out> ? 4 : 6) - (squash == Squash::kErf ? 1 : 0);
 
 // T: dtype of x, residual, sum, gamma, beta; Out: that of y; width: elements that a thread takes at
 // once, 1 or kWIDTH. With width > 1 columns is a multiple of it and all pointers are aligned.
@@ -219,7 +220,7 @@ __device__ __forceinline__ void transform_rows(Arguments const& arguments)
     {
         return;
     }
-    constexpr int kROWS = kROWS_AT_ONCE<Out>;
+    constexpr int kROWS = kROWS_AT_ONCE<T, Out>;
     T const* const x = static_cast<T const*>(arguments.x);
     T const* const added = static_cast<T const*>(arguments.residual);
     float const scale = kQUANTIZED<Out> ? *arguments.y_scale : 1.0F;

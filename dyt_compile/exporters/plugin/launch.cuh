@@ -22,18 +22,21 @@ enum class Type
 
 using Kernel = void (*)(Arguments);
 
+// resident: blocks of a multiprocessor that go through all rows; 0: as many as take them in one trip.
 struct Instance
 {
     Kernel kernel;
-    int width;
+    int width, rows, resident;
 };
 
 template <typename T, typename Out, Squash squash, bool residual>
 Instance by_width(bool wide)
 {
     constexpr int kWIDE = kWIDTH<T, Out>;
-    return wide ? Instance{transform<T, Out, squash, residual, kWIDE>, kWIDE}
-                : Instance{transform<T, Out, squash, residual, 1>, 1};
+    constexpr int kROWS = kROWS_AT_ONCE<T, Out>;
+    constexpr int kRESIDENT = squash == Squash::kErf ? kBLOCKS_AT_ONCE<Out, squash> : 0;
+    return wide ? Instance{transform<T, Out, squash, residual, kWIDE>, kWIDE, kROWS, kRESIDENT}
+                : Instance{transform<T, Out, squash, residual, 1>, 1, kROWS, kRESIDENT};
 }
 
 template <typename T, typename Out>
@@ -94,19 +97,20 @@ struct Geometry
     dim3 grid, block;
 };
 
-// Blocks of at most 256 threads: side by side over the columns, the rest of a block over the rows.
-// As many blocks over the rows as keep the device full, and no more: each loads the parameters.
-inline Geometry geometry(Arguments const& arguments, int width, int multiprocessors)
+// Blocks of at most kTHREADS: side by side over the columns, the rest of a block over the rows. With
+// tanh every thread takes one trip, so that the last blocks to end are short. With erf, whose
+// parameters cost more than those, no more blocks than fit at once take as many trips as there are.
+inline Geometry geometry(Arguments const& arguments, Instance const& instance, int multiprocessors)
 {
-    constexpr long long kBLOCKS_PER_MULTIPROCESSOR = 16; // some five rounds of the two or three that fit
-    constexpr long long kLARGEST_GRID = 65535;           // of y and z
-    long long const columns = ceil_div(arguments.columns, width);
+    constexpr long long kLARGEST_GRID = 65535; // of y and z
+    long long const columns = ceil_div(arguments.columns, instance.width);
     long long const across = ceil_div(columns, ceil_div(columns, kTHREADS));
     long long const down = std::min<long long>(kTHREADS / across, arguments.rows);
     long long const x = ceil_div(columns, across);
     long long const z = std::min(arguments.planes, kLARGEST_GRID);
-    long long const wanted = ceil_div(multiprocessors * kBLOCKS_PER_MULTIPROCESSOR, x * z);
-    long long const y = std::min({wanted, ceil_div(arguments.rows, down), kLARGEST_GRID});
+    long long const all = ceil_div(arguments.rows, down * (instance.resident ? 1 : instance.rows));
+    long long const at_once = ceil_div(multiprocessors * instance.resident, x * z);
+    long long const y = std::min({instance.resident ? at_once : all, all, kLARGEST_GRID});
     auto const size = [](long long value) { return static_cast<unsigned>(value); };
     return {dim3(size(x), size(y), size(z)), dim3(size(across), size(down), 1)};
 }
@@ -132,7 +136,7 @@ inline cudaError_t launch(
     {
         return status;
     }
-    Geometry const shape = geometry(arguments, instance.width, multiprocessors);
+    Geometry const shape = geometry(arguments, instance, multiprocessors);
     void* pointers[] = {&arguments};
     return cudaLaunchKernel(
         reinterpret_cast<void const*>(instance.kernel), shape.grid, shape.block, pointers, 0, stream);
