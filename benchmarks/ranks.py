@@ -3,9 +3,9 @@
 Starts itself under torchrun, with one thread a process. In each round the first process does a work
 by itself, then both do it together, then each does it by itself at once: what the machine gives two
 that never speak. Every second round in reverse. The works: a calibration of ViT-Ti (random
-weights), and steps of recovery, at two sizes of images and of alpha, gamma and beta alone. Start
-and capture do not count, nor do the images, which lie in memory. Writes
-benchmarks/results/ranks.json.
+weights), and steps of recovery, at two sizes of images, of alpha, gamma and beta alone, and of a
+LLaMA over windows of text. Start and capture do not count, nor do the data, which lie in memory.
+Writes benchmarks/results/ranks.json.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .speed.pairs import interleaved, ratio
 
 RESULTS = Path(__file__).parent / "results/ranks.json"
 SIZE = 2
+WORDS = 512
 
 Work = Callable[[], object]
 
@@ -57,6 +58,23 @@ def recovery(name: str, pixels: int, steps: int, train: str = "all") -> Work:
     return lambda: dyt_compile.recover(converted, images, steps=steps, train=train)
 
 
+def of_text(tokens: int, steps: int) -> Work:
+    """The same of a LLaMA of 5 million weights (random), 4 windows of so many tokens a step."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=WORDS, hidden_size=256, intermediate_size=688, num_hidden_layers=6,
+        num_attention_heads=4, use_cache=False, tie_word_embeddings=True,
+        max_position_embeddings=tokens,
+    )  # fmt: skip
+    windows = [(torch.randint(WORDS, (8, tokens)),) for _ in range(8)]
+    converted = dyt_compile.convert(
+        LlamaForCausalLM(config).eval(), windows, mode="all", fit="diagonal"
+    )
+    return lambda: dyt_compile.recover(converted, windows, steps=steps)
+
+
 def works(asked: argparse.Namespace) -> dict[str, Callable[[], Work]]:
     """What is timed, by name; made when its turn comes."""
     large = "vit_tiny_patch16_384"
@@ -65,6 +83,7 @@ def works(asked: argparse.Namespace) -> dict[str, Callable[[], Work]]:
         "calibrate, 512 images": lambda: calibration(512),
         "recover": lambda: recovery(SMALL, 224, asked.steps),
         "recover, 384 pixels": lambda: recovery(large, 384, 2 * asked.steps),
+        "recover, 1,024 tokens": lambda: of_text(1024, asked.steps // 2),
         "recover --train dyt": lambda: recovery(SMALL, 224, asked.steps, "dyt"),
     }
 
@@ -135,7 +154,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
     parser.add_argument("--images", type=int, default=128, help="to calibrate on")
     parser.add_argument(
-        "--steps", type=int, default=48, help="of recovery, twice as many at 384 pixels"
+        "--steps",
+        type=int,
+        default=48,
+        help="of recovery, twice as many at 384 pixels, half as many of text",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="WORK")

@@ -200,13 +200,19 @@ def pieces(
     """The samples in smaller batches, put together at random, as `seed` says.
 
     size: how many samples one may have at most, of a batch and its number of samples, since
-    samples of one batch stay together: others may have other lengths.
+    samples of one batch stay together: others may have other lengths. An even size makes all even,
+    but for one of an odd batch, so that two ranks have as much to do.
     """
     splitter = _Splitter(graph, ())
     random = np.random.default_rng(seed)
     for batch in samples:
         order = random.permutation(splitter.size(batch))
-        for rows in np.array_split(order, math.ceil(len(order) / size(batch, len(order)))):
+        most = size(batch, len(order))
+        together = 1 if most % 2 else 2
+        groups = np.arange(len(order) // together)
+        parts = np.array_split(groups, math.ceil(len(order) / most))
+        ends = np.cumsum([together * len(part) for part in parts])
+        for rows in np.split(order, ends[:-1]):
             yield splitter.rows(batch, rows)
 
 

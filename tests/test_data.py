@@ -420,7 +420,9 @@ def test_pieces_hold_every_sample_once_and_are_alike_in_size(sizes: list[int], s
     assert max(lengths) <= size
     assert len(found) == sum(-(-count // size) for count in sizes)
     if len(sizes) == 1:
-        assert max(lengths) - min(lengths) <= 1
+        assert max(lengths) - min(lengths) <= 2 - size % 2
+    if size % 2 == 0:
+        assert sum(length % 2 for length in lengths) == sum(count % 2 for count in sizes)
     again = pieces(graph, batches, lambda *_: size, 0)
     assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(found, again, strict=True))
 
