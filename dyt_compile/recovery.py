@@ -94,8 +94,8 @@ def recover(
     fold = result.folded is not None
     if result.unfolded is not None:
         result = replace(result, graph=result.unfolded, folded=None, unfolded=None)
-    from .passes.recover import Limit
     from .passes.recover import recover as learn
+    from .run_progress import Limit
 
     original = result.original
     samples = split(original, batches, seed, SHARES)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dyt_compile
-from dyt_compile import Conversion, losses
+from dyt_compile import Conversion, losses, rates
 from dyt_compile.compiler import convert
 from dyt_compile.data import whole
 from dyt_compile.errors import CalibrationError, DataError, OptionError
@@ -28,8 +28,10 @@ from dyt_compile.passes.calibrate import calibrate
 from dyt_compile.passes.capture import capture
 from dyt_compile.passes.match import match
 from dyt_compile.progress import reporting
+from dyt_compile.rates import highest_rate
 from dyt_compile.recovery import _groups, _step_size, recover
 from dyt_compile.recovery import _lesson as _lesson_of
+from dyt_compile.run_progress import Progress
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits" / "model.py"
 WIDTH, TOKENS, CLASSES = 12, 5, 6
@@ -307,7 +309,7 @@ def test_checkpoint_of_another_run_is_refused(converted: Conversion, tmp_path: P
 def test_run_that_becomes_worse_returns_what_came_in(
     converted: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recover_pass, "RATE", 30.0)
+    monkeypatch.setattr(rates, "RATE", 30.0)
     found = recover(converted, _batches(), steps=60)
     recovery = found.report.recovery
     assert recovery is not None
@@ -350,7 +352,7 @@ def test_products_are_computed_in_bfloat16_where_the_loss_stays_the_same(
     share = Share(lambda: {"tokens": tokens})
 
     def results() -> list[Tensor]:
-        run = recover_pass._Run(lesson, teacher, recover_pass._Progress(), 0, share)
+        run = recover_pass._Run(lesson, teacher, Progress(), 0, share)
         return [value.detach() for value in run._learner.student(tokens, False)]
 
     exact = converted.model(tokens).detach()
@@ -404,13 +406,13 @@ def test_learner_in_parts_has_the_loss_and_the_gradients_of_the_whole(
 def test_rate_is_relative_to_size_and_falls_with_width(
     path: str, shape: tuple[int, ...], rate: float
 ) -> None:
-    assert recover_pass._rate(path, torch.full(shape, 3.0)) == pytest.approx(3 * rate)
+    assert highest_rate(path, torch.full(shape, 3.0)) == pytest.approx(3 * rate)
 
 
 @pytest.mark.core
 def test_parameter_that_begins_at_zero_learns() -> None:
-    assert recover_pass._rate("norm.beta", torch.zeros(4)) == pytest.approx(0.003)
-    assert recover_pass._rate("head.bias", torch.zeros(4)) == pytest.approx(0.0002)
+    assert highest_rate("norm.beta", torch.zeros(4)) == pytest.approx(0.003)
+    assert highest_rate("head.bias", torch.zeros(4)) == pytest.approx(0.0002)
 
 
 @pytest.mark.core

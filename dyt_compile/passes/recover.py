@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,11 @@ from ..lessons import Learner, Lesson, Share, Teacher
 from ..metrics import Measurement
 from ..progress import track
 from ..ranks import ALONE, current
+from ..rates import highest_rate, rate_factor
+from ..run_progress import Limit, Progress, best_place
 from ..shards import like, whole
 
-__all__ = ["Course", "Limit", "Recovered", "recover"]
+__all__ = ["Course", "Recovered", "recover"]
 
 BLOCKWISE = 0.05
 """The share of a run that learns block by block. On the digits ViT, 250 steps, more did not pay: a
@@ -47,35 +48,8 @@ one: from a good fit the error first rises, and falls below it only as the rate 
 BFLOAT16_TOLERANCE = 0.05
 """How much of the first loss bfloat16 may change, for the products to be computed in it."""
 
-WARM_UP_STEPS = 20
 CLIP = 1.0
-RATE, LEAST_RATE = 1e-2, 1e-3
-"""The highest learning rate of a run, for narrow and for wide matrices, relative to a parameter's
-root mean square: a small alpha makes gamma huge, and no absolute rate suits both."""
-
-RATE_WIDTH = 128
-"""Wider matrices learn more slowly, like one over the square of their width: what Adam changes adds
-up over the channels. Of models of 64, 128 and 384 channels the first two want the full rate, the
-last a ninth of it (docs/recovery.md); the least rate is that of usual fine-tuning."""
-
-LEAST_SIZE = {"alpha": 1e-4, "gamma": 1e-4, "beta": 0.3, "shift": 0.3, "": 0.02}
-"""What a parameter's root mean square counts at least: a beta, or a bias, may begin at zero."""
-
 Measure = Callable[[FxGraph], Measurement]
-
-
-@dataclass(frozen=True)
-class Limit:
-    """When a run ends: after so many minutes of wall time, or after so many steps."""
-
-    minutes: float
-    steps: int | None = None
-
-    def share(self, seconds: float, steps: int) -> float:
-        """How much of the run is over, from 0 to 1."""
-        if self.steps is not None:
-            return min(1.0, steps / self.steps)
-        return min(1.0, seconds / (60 * self.minutes))
 
 
 Course = Sequence[tuple[float, Callable[[FxGraph | None], Lesson]]]
@@ -148,7 +122,7 @@ def recover(
     )
 
 
-def _loaded(checkpoint: Path | None, run: str) -> tuple[_Progress, dict[str, Tensor]]:
+def _loaded(checkpoint: Path | None, run: str) -> tuple[Progress, dict[str, Tensor]]:
     """How far a run got before, on all ranks; the file need lie where the first rank is alone.
 
     Raises OptionError where the ranks are not of one run.
@@ -164,53 +138,12 @@ def _loaded(checkpoint: Path | None, run: str) -> tuple[_Progress, dict[str, Ten
     if not ranks.number and checkpoint is not None and checkpoint.is_file():
         held, tensors = load_checkpoint(checkpoint, run)
     held = ranks.first(lambda: held)
-    return _Progress() if held is None else _Progress.of(held), ranks.tensors(lambda: tensors)
+    return Progress() if held is None else Progress.of(held), ranks.tensors(lambda: tensors)
 
 
-def _save(checkpoint: Path, name: str, progress: _Progress, run: _Run) -> None:
+def _save(checkpoint: Path, name: str, progress: Progress, run: _Run) -> None:
     tensors = run.tensors()  # which tells progress the scale, too
     current().first(lambda: save_checkpoint(checkpoint, name, progress.held(), tensors))
-
-
-@dataclass
-class _Progress:
-    """What of a run is no tensor.
-
-    stages: where in the curve each stage begins; began: at which share of the run the last one
-    did; rates: its learning rates.
-    """
-
-    steps: int = 0
-    seconds: float = 0.0
-    epoch: int = 0
-    taken: int = 0
-    scale: float = 65536.0
-    began: float = 0.0
-    stages: list[int] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    curve: list[tuple[float, float]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._since = time.perf_counter()
-
-    @classmethod
-    def of(cls, held: Mapping[str, Any]) -> _Progress:
-        """What `held` gave."""
-        found = cls(**held)
-        found.curve = [(share, error) for share, error in found.curve]
-        return found
-
-    def held(self) -> dict[str, Any]:
-        """All of it, as JSON data."""
-        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "seconds": self.elapsed()}
-
-    def elapsed(self) -> float:
-        """Seconds so far."""
-        return self.seconds + time.perf_counter() - self._since
-
-    def errors(self) -> list[float]:
-        """Held-out errors of the last stage."""
-        return [error for _, error in self.curve[self.stages[-1] :]]
 
 
 class _Run:
@@ -220,7 +153,7 @@ class _Run:
         self,
         lesson: Lesson,
         teacher: Teacher,
-        progress: _Progress,
+        progress: Progress,
         seed: int,
         share: Share,
         *,
@@ -235,7 +168,7 @@ class _Run:
         self._weights = _weights(self._given)
         first = {id(weight): path for path, weight in reversed(self._weights.items())}
         self._distinct = {path: self._weights[path] for path in first.values()}
-        rates = {path: _rate(path, weight.master) for path, weight in self._distinct.items()}
+        rates = {path: highest_rate(path, weight.master) for path, weight in self._distinct.items()}
         self._device = next(iter(self._given.values())).device.type
         bfloat16 = self._ranks.first(lambda: self._bfloat16_serves(share))
         learner = Learner(lesson, self._weights, bfloat16=bfloat16, sharded=sharded)
@@ -256,7 +189,7 @@ class _Run:
     def hopeless(self) -> bool:
         """Whether nothing became better for a while."""
         errors = self._progress.errors()[1:]
-        return len(errors) - 1 - _best_place(errors) >= PATIENCE
+        return len(errors) - 1 - best_place(errors) >= PATIENCE
 
     def told(self) -> str:
         """The run in words."""
@@ -308,9 +241,8 @@ class _Run:
     def _step(self, number: int, share: Share, done: float) -> None:
         """Learn from the batch of that number, each rank from its share; done: of the stage."""
         progress = self._progress
-        factor = min(1.0, (progress.steps + 1) / WARM_UP_STEPS) * _cosine(done)
         for group, rate in zip(self._optimizer.param_groups, progress.rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * rate_factor(progress.steps, done)
         self._optimizer.zero_grad(set_to_none=True)
         material = self._teacher.material(share, number)
         shares = self._ranks.shares(material.weights).float()
@@ -328,7 +260,7 @@ class _Run:
         error = measure(self._with(self._masters())).error
         self._progress.curve.append((share, error))
         errors = self._progress.errors()
-        if _best_place(errors) == len(errors) - 1:
+        if best_place(errors) == len(errors) - 1:
             self._best = self._copied()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -421,22 +353,3 @@ def _weights(given: Mapping[str, torch.nn.Parameter]) -> dict[str, Weight]:
         if id(parameter) not in made:
             made[id(parameter)] = Weight(parameter)
     return {path: made[id(parameter)] for path, parameter in given.items()}
-
-
-def _rate(path: str, master: Tensor) -> float:
-    """The learning rate of a parameter, relative to its root mean square."""
-    least = LEAST_SIZE.get(path.rpartition(".")[2], LEAST_SIZE[""])
-    size = float(master.detach().square().mean().sqrt())
-    width = max(master.shape[1:], default=1)
-    rate = min(RATE, max(LEAST_RATE, RATE * (RATE_WIDTH / width) ** 2))
-    return rate * max(size, least)
-
-
-def _cosine(share: float) -> float:
-    """From 1 to 0 over a run."""
-    return 0.5 + 0.5 * math.cos(math.pi * share)
-
-
-def _best_place(errors: Sequence[float]) -> int:
-    """Where the least error stands; NaN is none."""
-    return min(range(len(errors)), key=lambda n: math.inf if math.isnan(errors[n]) else errors[n])
