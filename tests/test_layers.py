@@ -26,6 +26,8 @@ LAYERS = (
         "requirements",
         "tracing",
         "ranks",
+        "rates",
+        "run_progress",
         "shards",
     ),
     ("inductor",),
@@ -82,7 +84,7 @@ TORCH_AT_THE_TOP = {
     "graphs.fx_constants", "graphs.fx_edits", "graphs.fx_memory", "graphs.fx_regions",
     "graphs.fx_terms",
     "graphs.fx_training", "graphs.fx_weights", "lessons", "losses", "checkpoints", "passes.recover",
-    "shards",
+    "rates", "shards",
     "tracing", "training",
 }  # fmt: skip
 TENSORRT = {"exporters.tensorrt_worker", "exporters.plugin.ahead_of_time", "runtime"}

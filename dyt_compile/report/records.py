@@ -235,7 +235,9 @@ def environment() -> dict[str, str]:
 
 
 def _version(name: str) -> str:
+    """Of a package, or of one that holds a module of that name: onnxruntime-gpu of onnxruntime."""
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:  # onnxruntime-gpu has that module too; our own sources
-        return str(importlib.import_module(name.replace("-", "_")).__version__)
+    except metadata.PackageNotFoundError:
+        others = metadata.packages_distributions().get(name.replace("-", "_"), [])
+        return metadata.version(others[0]) if others else "not installed"  # run from its sources
