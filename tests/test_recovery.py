@@ -448,7 +448,8 @@ def test_recover_learns_by_every_metric(converted: Conversion, metric: str) -> N
 
 
 @pytest.mark.core
-def test_minutes_end_a_run(converted: Conversion) -> None:
+def test_minutes_end_a_run(converted: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover_pass, "PATIENCE", 100)  # nothing else may end it before
     found = recover(converted, _batches(), minutes=0.02)
     assert found.report.recovery is not None
     assert 1.2 <= found.report.recovery.seconds < 30
