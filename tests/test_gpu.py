@@ -53,7 +53,6 @@ def batches(device: str) -> list[tuple[Tensor]]:
 
 def test_calibration_is_that_of_the_cpu() -> None:
     here, there = (dyt_compile.calibrate(network(d), batches(d)) for d in ("cpu", "cuda"))
-    assert list(here.fits) == list(there.fits)
     _assert_close(here, there, FLOAT32)
 
 

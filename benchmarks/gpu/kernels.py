@@ -41,6 +41,7 @@ from dyt_compile.files import replaced
 from tests.exporters.plugin.reference import added, outside
 
 from .predict import CASES, DEVICES, Case, predicted
+from .times import quarters
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu-kernels.json"
 
@@ -203,18 +204,19 @@ def wrong(case: Case, held: Weights, x: Tensor, residual: Tensor, found: Sequenc
     form = (FORMS | FUSED)[name]
     rows = torch.arange(0, case.rows, max(1, case.rows // CHECKED))
     given = {
-        "x": x[rows], "residual": residual[rows] if case.residual else None, "alpha": held.alpha,
-        "shift": held.shift, "gamma": held.gamma, "beta": held.beta, "y_scale": held.scale,
+        "x": x[rows], "alpha": held.alpha, "shift": held.shift, "gamma": held.gamma,
+        "beta": held.beta, "y_scale": held.scale,
     }  # fmt: skip
+    if case.residual:
+        given["residual"] = residual[rows]
     inputs = {part: array(given[part]) for part in form.inputs}
     y, *sums = (array(each[rows]) for each in found)
     unlike = sum(int((total != added(inputs)).sum()) for total in sums)
     return int(outside(form, inputs, y).sum()) + unlike
 
 
-def array(tensor: Tensor | None) -> npt.NDArray[Any]:
+def array(tensor: Tensor) -> npt.NDArray[Any]:
     """A tensor as NumPy knows it, with the dtypes of ml_dtypes."""
-    assert tensor is not None
     name = str(tensor.dtype).removeprefix("torch.")
     bits = tensor.cpu().contiguous().view(torch.uint8).numpy()
     return bits.view(np.dtype(getattr(ml_dtypes, name, name))).reshape(tensor.shape)
@@ -270,14 +272,9 @@ def measure(library: ctypes.CDLL, case: Case, rounds: int) -> tuple[list[Timing]
     times = timed({name: recorded(way, sets) for name, way in ways.items()}, rounds)
     types = f"{case.dtype}→{case.out}"
     return [
-        Timing(case.title, types, way, statistics.median(each), _quarters(each))
+        Timing(case.title, types, way, statistics.median(each), quarters(each))
         for way, each in times.items()
     ], unlike
-
-
-def _quarters(values: Sequence[float]) -> tuple[float, float]:
-    first, _, third = statistics.quantiles(values, n=4)
-    return first, third
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyt_compile.exporters.benchmark import time_model
 
-__all__ = ["Row", "Way", "engine_rows", "torch_rows"]
+__all__ = ["Row", "Way", "engine_rows", "quarters", "torch_rows"]
 
 WARM_UP = 3
 
@@ -46,11 +46,12 @@ def torch_rows(what: str, ways: Mapping[tuple[str, str], Way], x: Tensor, passes
             if number >= WARM_UP:
                 times[name].append(begin.elapsed_time(end))
     return [
-        Row(what, *name, statistics.median(each), _quarters(each)) for name, each in times.items()
+        Row(what, *name, statistics.median(each), quarters(each)) for name, each in times.items()
     ]
 
 
-def _quarters(values: list[float]) -> tuple[float, float]:
+def quarters(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third."""
     first, _, third = statistics.quantiles(values, n=4)
     return first, third
 

@@ -21,6 +21,8 @@ THREADS = 128
 ACCESS_BYTES = 16
 MOST_AT_ONCE = 32
 """Bytes of x in a row, beyond which one row is all that a thread takes at once."""
+RESIDENT = {False: 5, True: 3}
+"""Blocks of a kernel with erf that a multiprocessor holds, by whether it quantizes."""
 
 BYTES = {"float": 4, "Half": 2, "BFloat16": 2, "Int8": 1, "Float8": 1}
 """Of the types by their names in core.cuh."""
@@ -100,6 +102,8 @@ def entry(form: Form, dtype: str, out: str, laid: Layout, columns: Sequence[Size
     if None not in columns:
         chunks = max(1, known // width)
         across = ceil_div(chunks, ceil_div(chunks, THREADS))
+    rows_at_once = 1 if wide * BYTES[dtype] > MOST_AT_ONCE else 2
+    resident = RESIDENT[form.quantized] if form.squash == "erf" else 0
     parameters = (
         *(("void const*", name) for name in form.inputs),
         *(("int", name) for name in ("rows", "planes", "columns")),
@@ -109,13 +113,13 @@ def entry(form: Form, dtype: str, out: str, laid: Layout, columns: Sequence[Size
     name = f"dyt_{form.name}_{dtype}_{out}_{letters}{width}"
     return Entry(
         name=name,
-        source=_source(name, form, dtype, out, laid, parameters, width),
+        source=_source(name, form, dtype, out, laid, parameters, width, rows_at_once, resident),
         parameters=parameters,
         width=width,
-        rows_at_once=1 if wide * BYTES[dtype] > MOST_AT_ONCE else 2,
+        rows_at_once=rows_at_once,
         across=across,
         down=THREADS // across,
-        resident=(3 if form.quantized else 5) if form.squash == "erf" else 0,
+        resident=resident,
     )
 
 
@@ -127,6 +131,8 @@ def _source(
     laid: Layout,
     parameters: Sequence[tuple[str, str]],
     width: int,
+    rows_at_once: int,
+    resident: int,
 ) -> str:
     taken = ", ".join(f"{kind} {each}" for kind, each in parameters)
     plain = ["x", "rows", "planes", "columns", *form.outputs, *(["residual"] * form.residual)]
@@ -139,11 +145,16 @@ def _source(
     ]
     kinds = ", ".join(map(_cpp, (dtype, out)))
     squash = f"dyt::Squash::k{form.squash.capitalize()}"
-    bounds = f"dyt::kTHREADS, dyt::kBLOCKS_AT_ONCE<{_cpp(out)}, {squash}>"
+    blocks = f"dyt::kBLOCKS_AT_ONCE<{_cpp(out)}, {squash}>"
+    bounds = f"dyt::kTHREADS, {blocks}"
+    alike = f"dyt::kTHREADS == {THREADS} && dyt::kROWS_AT_ONCE<{kinds}> == {rows_at_once}"
+    if resident:
+        alike += f" && {blocks} == {resident}"
     flag = str(form.residual).lower()
     return "\n".join(
         [
             '#include "kernel.cuh"',
+            f'static_assert({alike}, "the launch is made for this kernel");',
             f'extern "C" __global__ void __launch_bounds__({bounds}) {name}({taken})',
             "{",
             "    dyt::Arguments arguments{};",

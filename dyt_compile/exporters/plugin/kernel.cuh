@@ -206,7 +206,8 @@ DYT_INLINE void squash_to(
 template <typename T, typename Out>
 constexpr int kROWS_AT_ONCE = kWIDTH<T, Out> * sizeof(T) > 32 ? 1 : 2;
 // Blocks that share the 65,536 registers of a multiprocessor, so that none is spilled: erf takes more.
-// These and the grid of launch.cuh are the fastest of some that were measured (docs/plugin.md).
+// With the grid of launch.cuh that is within 2 % of the fastest that was timed for tanh (docs/gpu.md);
+// with erf six blocks were timed, of which some kernels spill.
 template <typename Out, Squash squash>
 constexpr int kBLOCKS_AT_ONCE = (kQUANTIZED<Out> ? 4 : 6) - (squash == Squash::kErf ? 1 : 0);
 

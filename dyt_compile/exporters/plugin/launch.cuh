@@ -98,8 +98,8 @@ struct Geometry
 };
 
 // Blocks of at most kTHREADS: side by side over the columns, the rest of a block over the rows. With
-// tanh every thread takes one trip, so that the last blocks to end are short. With erf, whose
-// parameters cost more than those, no more blocks than fit at once take as many trips as there are.
+// tanh every thread takes one trip, so that the last blocks to end are short. With erf it was faster
+// that no more blocks than fit at once take as many trips as there are.
 inline Geometry geometry(Arguments const& arguments, Instance const& instance, int multiprocessors)
 {
     constexpr long long kLARGEST_GRID = 65535; // of y and z
