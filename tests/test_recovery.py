@@ -457,6 +457,21 @@ def test_minutes_end_a_run(converted: Conversion, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize(("limit", "steps"), [({"minutes": 1e-9}, 0), ({"steps": 1}, 1)])
+def test_stage_that_begins_when_the_run_is_over_learns_nothing(
+    converted: Conversion, staged: bool, limit: dict[str, Any], steps: int
+) -> None:
+    found = recover(converted, _batches(), staged=staged, **limit)
+    recovery = found.report.recovery
+    assert recovery is not None
+    assert recovery.steps == steps
+    assert [sites for _, sites in recovery.stages] == ([1, 2, 3] if staged else [3])
+    assert found.report.error is not None
+    assert found.report.error <= recovery.before
+
+
+@pytest.mark.core
 def test_progress_tells_the_held_out_error(converted: Conversion) -> None:
     told: list[str] = []
 

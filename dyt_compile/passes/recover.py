@@ -208,12 +208,16 @@ class _Run:
         self.evaluate(measure, progress.began)
 
     def learn(self, shares: Sequence[Share], limit: Limit, end: float) -> Iterator[float | None]:
-        """Learn until `end`, a share of the run; give the share where it is time to evaluate."""
+        """Learn until `end`, a share of the run; give the share where it is time to evaluate.
+
+        A stage whose end is past when it begins learns nothing.
+        """
         progress, order = self._progress, self._order(len(shares))
-        ticks, width = self.ticks(end), max(end - progress.began, 1e-9)
+        ticks, width = self.ticks(end), end - progress.began
 
         def part() -> float:
-            return min(1.0, (self._share(limit) - progress.began) / width)
+            share = self._share(limit)
+            return 1.0 if share >= end else max(0.0, (share - progress.began) / width)
 
         for tick in range(math.floor(part() * ticks) + 1, ticks + 1):
             while (done := part()) < tick / ticks:
