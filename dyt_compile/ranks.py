@@ -258,6 +258,10 @@ def _met(timeout_s: float) -> tuple[_TorchRanks, Any]:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come from every rank
     import torch
 
+    # Dynamo imports it, and then defaults of its functions keep the group: its threads would still
+    # run while Python ends, and one that lets go of a tensor by then aborts the process.
+    import torch.distributed.nn
+
     distributed = _distributed()
     wait = timedelta(seconds=timeout_s)
     try:

@@ -70,10 +70,11 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def torchrun(arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    """Two ranks on this machine."""
+    """Two ranks on this machine; arguments: of dyt_compile, or a script of its own."""
+    own = [] if arguments[0].endswith(".py") else ["-m", "dyt_compile"]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "dyt_compile", *arguments,
+        *own, *arguments,
     ]  # fmt: skip
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -205,6 +206,29 @@ def test_a_rank_that_says_nothing_ends_the_job_within_the_timeout(
     (line,) = told(errors)
     assert "did not answer within 4 s" in line
     assert not out.exists()
+
+
+MET = """
+import sys
+from pathlib import Path
+from dyt_compile.ranks import joined
+
+with joined() as ranks:
+    import torch._dynamo
+    assert ranks.gathered("met") == ["met", "met"]
+threads = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+Path(sys.argv[1], str(ranks.number)).write_text(" ".join(threads))
+"""
+
+
+def test_no_thread_of_the_meeting_outlives_it(tmp_path: Path) -> None:
+    """One that does may abort the process while Python ends, though all is written."""
+    script = tmp_path / "met.py"
+    script.write_text(MET)
+    status, _, errors = ended(torchrun([str(script), str(tmp_path)]))
+    assert status == 0, errors
+    for rank in "01":
+        assert "gloo" not in (tmp_path / rank).read_text()
 
 
 @pytest.mark.parametrize(
