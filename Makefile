@@ -5,7 +5,7 @@
 # --pairs N, --threads N).
 
 PYTHON      ?= python3
-PYTEST_ARGS ?= -n auto --dist loadfile
+PYTEST_ARGS ?= -n auto --dist loadfile --max-worker-restart 0
 MATRIX_ARGS ?=
 SEEDS       ?= 1
 FIDELITY_ARGS ?=
