@@ -39,7 +39,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("faults") / "found.json"
     done = subprocess.run(
         [
-            sys.executable, "-m", "benchmarks.faults", "kills", "pairs", "input", "packages",
+            sys.executable, "-m", "benchmarks.faults",
+            "kills", "recover", "pairs", "input", "packages",
             "--only", "weights copied$", "--kills", str(KILLS), "--rounds", "2", "-o", str(path),
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -60,6 +61,12 @@ def test_commands_are_killed_as_often_as_told(found: dict[str, Any]) -> None:
         # Some steps may be struck once for two tries, where there are few.
         assert sum(tally["killed"].values()) >= round(KILLS * shares[name]) - 2
         assert sum(tally["found"].values()) == sum(tally["killed"].values())
+
+
+def test_killed_recoveries_end_where_an_undisturbed_one_does(found: dict[str, Any]) -> None:
+    row = found["recover"]["recover"]
+    assert row["went_on"] > 0
+    assert row["worst_difference"] < 1e-6
 
 
 def test_what_is_lost_is_told() -> None:

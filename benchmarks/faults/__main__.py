@@ -7,7 +7,7 @@ it also fills small disks of its own.
 What is found replaces the same rows of the results.
 
 Usage: python -m benchmarks.faults [kills recover disk targets pairs input memory packages]
-[--kills 25] [--sizes 8] [--rounds 10] [--only REGEX] [--folder FOLDER] [-o FILE]
+[--kills 60] [--sizes 8] [--rounds 10] [--only REGEX] [--folder FOLDER] [-o FILE]
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def warm(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults")
     parser.add_argument("parts", nargs="*", default=[], metavar="PART")
-    parser.add_argument("--kills", type=int, default=25, help="of each command, about")
+    parser.add_argument("--kills", type=int, default=60, help="of each command, about")
     parser.add_argument("--sizes", type=int, default=8, help="of disks, for each command")
     parser.add_argument("--rounds", type=int, default=10, help="of each pair of processes")
     parser.add_argument("--only", default="", help="commands whose name matches")

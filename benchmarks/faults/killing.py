@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 __all__ = ["Blow", "End", "run", "started"]
 
 STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "fcntl.flock"}
@@ -96,6 +98,7 @@ def started(
         for descriptor in (1, 2):
             os.dup2(printed.fileno(), descriptor)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        torch.set_num_threads(1)  # the parent's pool is gone, which ends threads of autograd
         sys.addaudithook(_Steps(watched, noted.fileno(), blow))
         work()
         status = 0
