@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterable
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from .passes.recover import Course
 
 __all__ = ["recover"]
+
+logger = logging.getLogger("dyt_compile")
 
 SHARES = (0.8, 0.1, 0.1)
 """Of the samples: to learn from, to choose the weights by, and for the report. `convert` took its
@@ -117,6 +120,8 @@ def recover(
             checkpoint=None if checkpoint is None else Path(checkpoint),
             sharded=sharded,
         )
+        if not recovered.steps:
+            logger.warning("learned nothing: %g minutes were over before the first step", minutes)
         graph: Graph = recovered.graph
         if staged and held_out.measure(result.graph).error < recovered.curve[-1][1]:
             graph = result.graph

@@ -460,9 +460,14 @@ def test_minutes_end_a_run(converted: Conversion, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize(("limit", "steps"), [({"minutes": 1e-9}, 0), ({"steps": 1}, 1)])
 def test_stage_that_begins_when_the_run_is_over_learns_nothing(
-    converted: Conversion, staged: bool, limit: dict[str, Any], steps: int
+    converted: Conversion,
+    staged: bool,
+    limit: dict[str, Any],
+    steps: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     found = recover(converted, _batches(), staged=staged, **limit)
+    assert ("learned nothing: 1e-09 minutes were over" in caplog.text) == (steps == 0)
     recovery = found.report.recovery
     assert recovery is not None
     assert recovery.steps == steps
