@@ -219,7 +219,7 @@ class _TorchRanks(Ranks):
 
         if parts is not None:
             with self.meeting():
-                return sharded(module, parts, self.size)
+                return sharded(module, parts, self._another_group())
         with self.meeting():
             # A model may hold parameters that the output measured does not depend on.
             parallel = DistributedDataParallel(
@@ -245,6 +245,13 @@ class _TorchRanks(Ranks):
             f"rank {self.number} of {self.size} was ended from outside: another rank has ended, "
             "or the job was stopped"
         )
+
+    def _another_group(self) -> Any:
+        """All ranks once more, for what keeps its group until Python ends, as caches of DTensor do.
+
+        By then its threads are idle, and none aborts the process.
+        """
+        return _distributed().new_group(timeout=timedelta(seconds=self._timeout_s))
 
     def leave(self) -> None:
         """Wait for the others, and end the meeting."""

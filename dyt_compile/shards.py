@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -14,7 +15,7 @@ __all__ = ["like", "sharded", "whole"]
 
 
 def sharded(
-    module: torch.nn.Module, parts: Iterable[torch.nn.Module], ranks: int
+    module: torch.nn.Module, parts: Iterable[torch.nn.Module], ranks: ProcessGroup
 ) -> torch.nn.Module:
     """The module, of whose weights each rank holds a part; gradients are sums over the ranks.
 
@@ -22,7 +23,7 @@ def sharded(
     dropped behind it; those of the rest stay for the whole step.
     """
     device = next(module.parameters()).device.type
-    mesh = init_device_mesh(device, (ranks,))
+    mesh = DeviceMesh.from_group(ranks, device)
     for part in (*parts, module):
         wrapped = fully_shard(part, mesh=mesh)
         if isinstance(wrapped, FSDPModule):
