@@ -15,15 +15,15 @@ __all__ = ["like", "sharded", "whole"]
 
 
 def sharded(
-    module: torch.nn.Module, parts: Iterable[torch.nn.Module], ranks: ProcessGroup
+    module: torch.nn.Module, parts: Iterable[torch.nn.Module], group: ProcessGroup
 ) -> torch.nn.Module:
-    """The module, of whose weights each rank holds a part; gradients are sums over the ranks.
+    """The module, of whose weights each rank of the group holds a part; gradients are their sums.
 
     parts: modules in it, whose weights are gathered when one is run, forwards or backwards, and
     dropped behind it; those of the rest stay for the whole step.
     """
     device = next(module.parameters()).device.type
-    mesh = DeviceMesh.from_group(ranks, device)
+    mesh = DeviceMesh.from_group(group, device)
     for part in (*parts, module):
         wrapped = fully_shard(part, mesh=mesh)
         if isinstance(wrapped, FSDPModule):

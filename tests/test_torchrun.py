@@ -177,7 +177,7 @@ def test_two_processes_recover_as_one_and_go_on_when_one_was_killed(
     os.kill(rank_of(job, 1), signal.SIGKILL)
     since = time.monotonic()
     status, _, errors = ended(job)
-    assert time.monotonic() - since < 60
+    assert time.monotonic() - since < 20
     assert status != 0
     (line,) = told(errors)
     assert line.startswith("RankError: rank 0 of 2 ")
@@ -201,7 +201,7 @@ def test_a_rank_that_says_nothing_ends_the_job_within_the_timeout(
     os.kill(rank_of(job, 1), signal.SIGSTOP)
     since = time.monotonic()
     status, _, errors = ended(job)
-    assert 3 < time.monotonic() - since < 90
+    assert 3 < time.monotonic() - since < 50
     assert status != 0
     (line,) = told(errors)
     assert "did not answer within 4 s" in line
